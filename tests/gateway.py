@@ -1,0 +1,715 @@
+"""A scriptable stand-in for token-hub, which answers by keywords: it is no model, and it costs nothing.
+
+In a test, against the real client over a real socket:
+
+    async with Gateway(Script(rpm=6000, faults=(Fault("status_503", every=5),))) as gateway:
+        ...  # point the client at gateway.url, then look at gateway.requests, .billed, .replies
+
+In a shell, from the root of the repository, for any command that reads TOKENHUB_URL and TOKENHUB_KEY:
+
+    python -m tests.gateway --rpm 600 --fault status_503:20 -- python classify.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from email.utils import formatdate
+
+from aiohttp import web
+
+PATH = "/v1/chat/completions"
+JSON = "application/json"
+
+# ---- The answer: a label by keywords, and what it costs ------------------------------------------------
+
+KEYWORDS = {
+    "billing": "invoice|charge|refund|payment|billing|subscription|发票|退款|扣款|付款|账单",
+    "bug": "crash|error|bug|broken|fail|freeze|not work|doesn't work|崩溃|错误|报错|闪退|失败",
+    "how-to": "how do|how to|how can|where do|where can|is there a way|如何|怎么|怎样|哪里",
+    "feature-request": "feature|please add|would be great|could you add|i wish|suggest|希望|建议|新功能",
+}
+CHINESE = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
+
+
+def keyword_label(text: str) -> str:
+    """Label with the most keywords in the text, else "other"; this is no model and says nothing about one."""
+    text = text.lower()
+    hits = {label: sum([word in text for word in words.split("|")]) for label, words in KEYWORDS.items()}
+    label = max(hits, key=hits.__getitem__)
+    return label if hits[label] else "other"
+
+
+def tokens_of(messages: list[dict]) -> int:
+    """Roughly what a tokenizer would count, so that bills have the right size."""
+    text = "".join(message["content"] for message in messages)
+    chinese = 0 if text.isascii() else len(CHINESE.findall(text))  # the common case is fast
+    return round(10 + 0.3 * (len(text) - chinese) + 0.6 * chinese)
+
+
+def logprobs_of(content: str) -> dict:
+    """The shape of OpenAI's logprobs; the numbers are made up."""
+    tokens = ({"token": token, "bytes": list(token.encode())} for token in re.findall(r"\w+|\W+", content))
+    return {"content": [token | {"logprob": -0.01, "top_logprobs": []} for token in tokens]}
+
+
+# ---- The script: what the gateway does, and what goes wrong with it ------------------------------------
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that goes wrong with some requests: those that meet every condition here."""
+
+    name: str  # a key of FAULTS
+    every: int = 1  # 5 = each fifth request, counted from 1
+    first: int = 0  # the first and the last request, by number
+    last: float = math.inf
+    until_s: float = math.inf  # an outage that ends so long after the gateway's start
+    matching: str = ""  # only tickets whose text contains this
+
+    def __post_init__(self) -> None:
+        """Refuse a misspelt name at once, since a fault that never happens makes a test pass for nothing."""
+        if self.name not in FAULTS:
+            raise ValueError(f"no fault is named {self.name!r}; there are: {', '.join(sorted(FAULTS))}")
+
+    def hits(self, call: Call, now: float) -> bool:
+        return (
+            call.number % self.every == 0
+            and self.first <= call.number <= self.last
+            and now < self.until_s
+            and self.matching in call.text
+        )
+
+
+@dataclass(frozen=True)
+class Script:
+    """What the stand-in does; the defaults are token-hub's."""
+
+    rpm: float = 600  # the true limit, requests a minute; 0 = none
+    limiter: str = "bucket"  # "bucket", "sliding" or "fixed"
+    burst: int = 10  # size of the bucket
+    window_s: float = 60.0  # of the other two, which allow rpm * window_s / 60 requests in each window
+    max_in_flight: int = 0  # above it 429, as DeepSeek does; 0 = no such limit
+    servers: int = 0  # requests worked on at once while others queue, as a small local server; 0 = no queue
+
+    latency_s: float = 0.4  # to an answer
+    jitter: float = 0.0  # 0.3 = latency drawn evenly from 30% below to 30% above
+    tail: float = 0.0  # share of answers that take 5 times as long
+    refusal_s: float = 0.05  # to a 429 or any other error
+
+    retry_after: str = "seconds"  # "seconds", "float", "ms", "date", "none"; else the header's very value
+    tokens: tuple[int, int] | None = None  # billed in and out for each ticket; None = counted from the text
+    cached_tokens: int = 0  # of the tokens in
+    cached_style: str = "deepseek"  # or "openai"
+    logprobs: str = "serve"  # or "ignore", or "refuse" with a 400
+    faults: tuple[Fault, ...] = ()  # the first one that hits is what happens
+    key: str | None = None  # any other key gets 401; None = every key is good
+    reply: Callable[[str], str] = keyword_label  # text of the ticket -> content of the answer
+    seed: int = 1
+
+
+TOKEN_HUB = Script()
+
+# ---- The limiters: each says how long until one more request would be let through ----------------------
+
+
+@dataclass
+class Bucket:
+    """Token bucket: a full one lets a burst through, then requests at the rate at which it fills."""
+
+    per_s: float
+    size: int
+    level: float = field(init=False)
+    filled_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.level = self.size
+
+    def wait_s(self, now: float) -> float:
+        self.level = min(self.size, self.level + (now - self.filled_at) * self.per_s)
+        self.filled_at = now
+        if self.level < 1 - 1e-9:  # whoever waits exactly as long as told must not fail by a rounding error
+            return (1 - self.level) / self.per_s
+        self.level -= 1
+        return 0.0
+
+
+@dataclass
+class SlidingWindow:
+    """Log of the requests let through: never more than `allowed` in any stretch of `window_s`."""
+
+    allowed: int
+    window_s: float
+    log: deque[float] = field(default_factory=deque)
+
+    def wait_s(self, now: float) -> float:
+        while self.log and self.log[0] + self.window_s <= now:
+            self.log.popleft()
+        if len(self.log) >= self.allowed:
+            return self.log[0] + self.window_s - now
+        self.log.append(now)
+        return 0.0
+
+
+@dataclass
+class FixedWindow:
+    """Counter that starts anew with each window, so that two bursts can meet at its edge."""
+
+    allowed: float
+    window_s: float
+    window: float = 0
+    used: int = 0
+
+    def wait_s(self, now: float) -> float:
+        window, elapsed = divmod(now, self.window_s)
+        if window != self.window:
+            self.window, self.used = window, 0
+        if self.used >= self.allowed:
+            return self.window_s - elapsed
+        self.used += 1
+        return 0.0
+
+
+def limiter_for(script: Script) -> Bucket | SlidingWindow | FixedWindow:
+    """The script's limiter, unused."""
+    if not script.rpm:
+        return FixedWindow(math.inf, script.window_s)
+    if script.limiter == "bucket":
+        return Bucket(script.rpm / 60, script.burst)
+    allowed = max(1, int(script.rpm * script.window_s / 60 + 1e-9))
+    return {"sliding": SlidingWindow, "fixed": FixedWindow}[script.limiter](allowed, script.window_s)
+
+
+# ---- The errors ----------------------------------------------------------------------------------------
+
+ERRORS = {  # status: type, code
+    400: ("invalid_request_error", "invalid_request"),
+    401: ("authentication_error", "invalid_api_key"),
+    402: ("billing_error", "insufficient_balance"),
+    403: ("permission_error", "insufficient_user_quota"),
+    404: ("invalid_request_error", "not_found"),
+    405: ("invalid_request_error", "method_not_allowed"),
+    408: ("timeout_error", "request_timeout"),
+    409: ("conflict_error", "conflict"),
+    413: ("invalid_request_error", "request_too_large"),
+    422: ("invalid_request_error", "unprocessable_entity"),
+    425: ("server_error", "too_early"),
+    429: ("rate_limit_error", "rate_limit_exceeded"),
+    451: ("content_policy_error", "content_policy_violation"),
+    500: ("server_error", "internal_error"),
+    502: ("server_error", "upstream_error"),
+    503: ("server_error", "service_unavailable"),
+    504: ("server_error", "upstream_timeout"),
+    520: ("server_error", "unknown_error"),
+    529: ("overloaded_error", "overloaded"),
+}
+
+
+def error(status: int, message: str = "", code: str | int | None = None) -> bytes:
+    """The body of an error as token-hub words it; a code other than the status's own makes an odd one."""
+    kind, usual = ERRORS[status]
+    code = usual if code is None else code
+    body = {"type": kind, "code": code, "message": message or f"{kind}: {code}"}
+    return json.dumps({"error": body}).encode()
+
+
+def retry_after(form: str, wait_s: float) -> dict[str, str]:
+    """The header in any of the forms seen, never shorter than the true wait."""
+    if form == "ms":
+        return {"retry-after-ms": str(math.ceil(wait_s * 1000))}
+    forms = {
+        "seconds": str(math.ceil(wait_s)),
+        "float": str(math.ceil(wait_s * 1000) / 1000),
+        "date": formatdate(math.ceil(time.time() + wait_s), usegmt=True),
+    }
+    return {} if form == "none" else {"Retry-After": forms.get(form, form)}
+
+
+async def pause(seconds: float) -> None:
+    """Sleep, but not for nothing: a sleep of zero costs a turn of the loop."""
+    if seconds > 0:
+        await asyncio.sleep(seconds)
+
+
+async def refuse(
+    script: Script, status: int, body: bytes, wait_s: float = 0.0, mime: str = JSON, location: str = ""
+) -> web.Response:
+    """Answer without working on the request; a wait makes it carry the script's Retry-After."""
+    await pause(script.refusal_s)
+    headers = retry_after(script.retry_after, wait_s) if wait_s else {}
+    if location:
+        headers["Location"] = location
+    return web.Response(status=status, body=body, content_type=mime, headers=headers)
+
+
+# ---- The gateway ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request that was let in and understood."""
+
+    request: web.BaseRequest
+    number: int
+    body: dict
+    text: str
+
+
+def ticket_of(body: object) -> str:
+    """Text of the user's message; ValueError where the real one would not understand the request."""
+    match body:
+        case {"model": str(model), "messages": [*others, {"role": "user", "content": str(text)}]} if model:
+            if all(isinstance(other, dict) and isinstance(other.get("content"), str) for other in others):
+                return text
+    raise ValueError("the request needs a model, and messages of which the last is the user's")
+
+
+class Gateway:
+    """The stand-in, on a loopback port, with a record of what it did; attributes may be read at any time."""
+
+    def __init__(self, script: Script = TOKEN_HUB, port: int = 0) -> None:
+        self.port = port
+        self.url = self.redirect_to = ""  # both known once it serves; a test may set the second
+        self.requests = self.answered = self.refused = self.faulted = 0
+        self.in_flight = self.max_in_flight = 0  # requests that have no response yet, now and at most
+        self.tokens_in = self.tokens_out = 0
+        self.billed: Counter[str] = Counter()
+        self.replies: dict[str, str] = {}
+        self.seen_headers: dict[str, str] = {}
+        self.seen_body: object = None
+        self.events: list[tuple[float, int]] = []  # status 0: nobody was there to take it, or it was cut
+        self._script = script
+        self._limiter = limiter_for(script)
+        self._servers = asyncio.Semaphore(script.servers or sys.maxsize)
+        self._random = random.Random(script.seed)
+        self._admitted = 0
+        self._working: set[asyncio.Task] = set()
+        self._started = time.perf_counter()
+
+    @property
+    def script(self) -> Script:
+        """What it does now; may be replaced at any time, and a limit that stays the same keeps its count."""
+        return self._script
+
+    @script.setter
+    def script(self, new: Script) -> None:
+        old, self._script = self._script, new
+        if (new.rpm, new.limiter, new.burst, new.window_s) != (old.rpm, old.limiter, old.burst, old.window_s):
+            self._limiter = limiter_for(new)
+        if new.servers != old.servers:
+            self._servers = asyncio.Semaphore(new.servers or sys.maxsize)
+
+    async def __aenter__(self) -> Gateway:
+        # A client that goes away does not stop the work: handler_cancellation stays off.
+        self._runner = web.ServerRunner(web.Server(self._handle, access_log=None), shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self.port, backlog=1024).start()
+        self.port = self._runner.addresses[0][1]
+        self.url = f"http://127.0.0.1:{self.port}{PATH}"
+        self.redirect_to = self.redirect_to or f"http://127.0.0.1:{self.port}/elsewhere"
+        self._started = time.perf_counter()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        # Requests that hang, or that nobody waits for any more, must not hold up the end.
+        for task in self._working:
+            task.cancel()
+        await asyncio.gather(*self._working, return_exceptions=True)
+        await self._runner.cleanup()
+
+    def now(self) -> float:
+        """Seconds since the start, the only clock here."""
+        return time.perf_counter() - self._started
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Count a request in and out."""
+        self.requests += 1
+        self.in_flight += 1
+        self.max_in_flight = max(self.max_in_flight, self.in_flight)
+        task = asyncio.current_task()
+        self._working.add(task)
+        try:
+            response = await self._screen(request, self.requests)
+        except ConnectionError:  # the client left in the middle of its request
+            response = web.Response(status=400)
+        finally:
+            self.in_flight -= 1
+            self._working.discard(task)
+        connected = request.transport is not None and not request.transport.is_closing()
+        self.events.append((self.now(), response.status if connected else 0))
+        return response
+
+    async def _screen(self, request: web.BaseRequest, number: int) -> web.StreamResponse:
+        """Path, key and limits, in the order in which a gateway looks at them."""
+        script = self._script
+        raw = await request.content.read()
+        self.seen_headers = dict(request.headers)
+        if (request.method, request.path) != ("POST", PATH):
+            return await refuse(script, 404, error(404, f"there is no {request.method} {request.path}"))
+        if script.key is not None and request.headers.get("Authorization") != f"Bearer {script.key}":
+            return await refuse(script, 401, error(401, "incorrect API key provided"))
+        if script.max_in_flight and self._admitted >= script.max_in_flight:
+            # Nobody knows when a place gets free: no Retry-After.
+            self.refused += 1
+            return await refuse(script, 429, error(429, f"more than {script.max_in_flight} at once"))
+        if wait_s := self._limiter.wait_s(self.now()):
+            self.refused += 1
+            return await refuse(script, 429, error(429, f"more than {script.rpm:g} a minute"), wait_s)
+        self._admitted += 1
+        try:
+            return await self._admit(request, number, raw)
+        finally:
+            self._admitted -= 1
+
+    async def _admit(self, request: web.BaseRequest, number: int, raw: bytes) -> web.StreamResponse:
+        """Understand the request, then play a fault or answer it."""
+        script = self._script
+        try:
+            body = self.seen_body = json.loads(raw)
+            call = Call(request, number, body, ticket_of(body))
+            if script.logprobs == "refuse" and body.get("logprobs"):
+                raise ValueError("logprobs is not supported by this model")
+        except (ValueError, RecursionError) as problem:
+            return await refuse(script, 400, error(400, str(problem)))
+        now = self.now()
+        fault = next((fault for fault in script.faults if fault.hits(call, now)), None)
+        if fault is None:
+            return self.deliver(call, await self.work(call))
+        self.faulted += 1
+        return await FAULTS[fault.name](self, call)
+
+    async def work(self, call: Call, slower: float = 1) -> dict:
+        """Take the time that an answer takes, bill it, and give its JSON; from here on it is paid for."""
+        script = self._script
+        async with self._servers:
+            await pause(self._latency(script) * slower)
+        content = script.reply(call.text)
+        message = {"role": "assistant", "content": content}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        if call.body.get("logprobs") and script.logprobs == "serve":
+            choice["logprobs"] = logprobs_of(content)
+        return {
+            "id": f"chatcmpl-{call.number}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": call.body["model"],
+            "choices": [choice],
+            "usage": self._bill(call, content),
+        }
+
+    def _latency(self, script: Script) -> float:
+        """Time to one answer."""
+        slow = 5 if script.tail and self._random.random() < script.tail else 1
+        return script.latency_s * slow * (1 + script.jitter * self._random.uniform(-1, 1))
+
+    def _bill(self, call: Call, content: str) -> dict:
+        """Put one answer on the bill, and say so as the provider does."""
+        script = self._script
+        counted = script.tokens or (tokens_of(call.body["messages"]), max(1, math.ceil(len(content) / 4)))
+        tokens_in, tokens_out = counted
+        self.billed[call.text] += 1
+        self.tokens_in += tokens_in
+        self.tokens_out += tokens_out
+        usage = {"prompt_tokens": tokens_in, "completion_tokens": tokens_out, "total_tokens": sum(counted)}
+        cached = min(script.cached_tokens, tokens_in)
+        if script.cached_style == "openai":
+            return usage | {"prompt_tokens_details": {"cached_tokens": cached}}
+        return usage | {"prompt_cache_hit_tokens": cached, "prompt_cache_miss_tokens": tokens_in - cached}
+
+    def deliver(self, call: Call, answer: dict, mime: str = JSON) -> web.Response:
+        """A 200 with this answer in it."""
+        self.record(call, answer)
+        return web.Response(body=json.dumps(answer).encode(), content_type=mime)
+
+    def record(self, call: Call, answer: dict) -> None:
+        """Remember what was answered, so that a test can compare it with what the client wrote down."""
+        if answer["choices"] and (content := answer["choices"][0]["message"]["content"]):
+            self.answered += 1
+            self.replies[call.text] = content
+
+    def billed_twice(self) -> int:
+        """How many texts were paid for more than once."""
+        return sum(times > 1 for times in self.billed.values())
+
+    def summary(self) -> str:
+        """What was served and billed, in four lines."""
+        return (
+            f"Served: {self.requests:,} requests, at most {self.max_in_flight} at once\n"
+            f"Gave  : {self.answered:,} answers, {self.refused:,} refusals, {self.faulted:,} faults; "
+            f"{self.in_flight} unfinished\n"
+            f"Billed: {self.tokens_in:,} tokens in / {self.tokens_out:,} out\n"
+            f"Texts : {len(self.billed):,} billed, {self.billed_twice():,} of them more than once"
+        )
+
+
+# ---- The faults: name -> what happens instead of the plain answer --------------------------------------
+
+Handler = Callable[[Gateway, Call], Awaitable[web.StreamResponse]]
+
+
+def says(status: int, body: bytes, wait_s: float = 0.0, mime: str = JSON) -> Handler:
+    """A fixed answer that was never worked on, hence is not billed."""
+    return lambda gateway, call: refuse(gateway.script, status, body, wait_s, mime)
+
+
+def redirects(status: int) -> Handler:
+    """A redirect to gateway.redirect_to, where a client must not carry its key."""
+    return lambda gateway, call: refuse(gateway.script, status, b"", location=gateway.redirect_to)
+
+
+def complains(message: Callable[[Call], str]) -> Handler:
+    """A 400 that speaks of the request."""
+    return lambda gateway, call: refuse(gateway.script, 400, error(400, message(call)))
+
+
+def answers(changes: dict | None = None, mime: str = JSON, slower: float = 1) -> Handler:
+    """The right answer, billed, with some of its fields replaced."""
+
+    async def handler(gateway: Gateway, call: Call) -> web.StreamResponse:
+        return gateway.deliver(call, await gateway.work(call, slower) | (changes or {}), mime)
+
+    return handler
+
+
+def choice(content: str | None, finish_reason: str = "stop") -> dict:
+    """The change that makes an answer say this whatever the ticket."""
+    message = {"role": "assistant", "content": content}
+    return {"choices": [{"index": 0, "message": message, "finish_reason": finish_reason}]}
+
+
+async def send(call: Call, response: web.StreamResponse, data: bytes) -> None:
+    """Write without minding that the client has gone: the work goes on, and is billed, all the same."""
+    with suppress(ConnectionError):
+        await response.prepare(call.request)
+        await response.write(data)
+
+
+def cut(call: Call) -> None:
+    """Close the connection under the client, if it is still there."""
+    if call.request.transport is not None:
+        call.request.transport.close()
+
+
+def breaks_off(chunked: bool) -> Handler:
+    """Half an answer, then a closed connection."""
+
+    async def handler(gateway: Gateway, call: Call) -> web.StreamResponse:
+        data = json.dumps(await gateway.work(call)).encode()
+        response = web.StreamResponse(headers={"Content-Type": JSON})
+        response.content_length = None if chunked else len(data)
+        await send(call, response, data[: len(data) // 2])
+        cut(call)
+        return response
+
+    return handler
+
+
+async def cut_before(gateway: Gateway, call: Call) -> web.StreamResponse:
+    """No answer at all, and no work done."""
+    await pause(gateway.script.refusal_s)
+    cut(call)
+    return web.Response(status=500)
+
+
+async def cut_after(gateway: Gateway, call: Call) -> web.StreamResponse:
+    """The right answer on a connection said to stay open, and closed: the next request may hit that."""
+    response = gateway.deliver(call, await gateway.work(call))
+    response.headers["Connection"] = "keep-alive"
+    asyncio.get_running_loop().call_soon(cut, call)  # the answer is written before the loop's next turn
+    return response
+
+
+async def truncated_json(gateway: Gateway, call: Call) -> web.StreamResponse:
+    """A whole response that holds half an answer."""
+    data = json.dumps(await gateway.work(call)).encode()
+    return web.Response(body=data[: len(data) // 2], content_type=JSON)
+
+
+async def no_usage(gateway: Gateway, call: Call) -> web.StreamResponse:
+    """The right answer, without the bill."""
+    answer = await gateway.work(call)
+    del answer["usage"]
+    return gateway.deliver(call, answer)
+
+
+async def blank_lines(gateway: Gateway, call: Call) -> web.StreamResponse:
+    """DeepSeek under load: a second of blank lines, then the right answer."""
+    response = web.StreamResponse(headers={"Content-Type": JSON})
+    for _ in range(10):
+        await send(call, response, b"\n")
+        await asyncio.sleep(0.1)
+    answer = await gateway.work(call)
+    gateway.record(call, answer)
+    await send(call, response, json.dumps(answer).encode())
+    return response
+
+
+async def hang(gateway: Gateway, call: Call) -> web.StreamResponse:
+    """Never answers; the gateway's end cancels it."""
+    await asyncio.Event().wait()
+    raise AssertionError("nobody sets this event")
+
+
+PAGE = b"<html><head><title>Bad Gateway</title></head><body><h1>nginx</h1></body></html>"
+RUDE = "\x1b[31mred\x1b[0m \x1b]0;title\x07 over\rwritten \ud800 line\nline"
+ABSURD = {"prompt_tokens": -5, "completion_tokens": "many", "prompt_cache_hit_tokens": 10**30}
+
+FAULTS: dict[str, Handler] = {
+    # Errors, and the same with a Retry-After of one second.
+    **{f"status_{status}": says(status, error(status)) for status in ERRORS},
+    **{f"status_{status}_retry": says(status, error(status), 1.0) for status in ERRORS},
+    "quota_429": says(429, error(429, code="insufficient_quota")),
+    "int_code_500": says(500, error(500, code=500)),
+    "empty_code_500": says(500, error(500, code="")),
+    "string_error_500": says(500, b'{"error": "upstream failed"}'),
+    "empty_500": says(500, b""),
+    "html_502": says(502, PAGE, mime="text/html"),
+    "echo_400": complains(lambda call: f"bad: {call.text} {call.request.headers.get('Authorization')}"),
+    "control_400": complains(lambda call: RUDE),
+    "redirect": redirects(302),
+    "redirect_307": redirects(307),
+    # 200s without an answer in them.
+    "error_200": says(200, error(500)),
+    "string_error_200": says(200, b'{"error": "upstream failed"}'),
+    "quota_error_200": says(200, error(429, code="insufficient_quota")),
+    "html_200": says(200, PAGE, mime="text/html"),
+    "empty_200": says(200, b""),
+    "blank_200": says(200, b"\n" * 20),
+    "not_json_200": says(200, b"billing"),
+    "nested_json": says(200, b"[" * 1_000_000),
+    # Billed answers that are odd, or of no use.
+    "text_plain": answers(mime="text/plain"),
+    "slow": answers(slower=10),
+    "big_200": answers({"padding": "x" * 2_000_000}),
+    "null_usage": answers({"usage": None}),
+    "absurd_usage": answers({"usage": ABSURD}),
+    "no_choices": answers({"choices": []}),
+    "null_content": answers(choice(None)),
+    "content_filter": answers(choice("", "content_filter")),
+    "length": answers(choice("", "length")),
+    "off_list": answers(choice("thank-you")),
+    "no_usage": no_usage,
+    "truncated_json": truncated_json,
+    "blank_lines": blank_lines,
+    # The connection.
+    "truncated": breaks_off(chunked=False),
+    "cut_inside": breaks_off(chunked=True),
+    "cut_before": cut_before,
+    "cut_after": cut_after,
+    "hang": hang,
+}
+
+# ---- The command line ----------------------------------------------------------------------------------
+
+
+def two_integers(text: str) -> tuple[int, int]:
+    """The value of --tokens."""
+    first, second = text.split(",")
+    return int(first), int(second)
+
+
+def fault(text: str) -> Fault:
+    """The value of --fault; a wrong name is answered with the right ones."""
+    name, _, every = text.partition(":")
+    try:
+        return Fault(name, every=int(every or 1))
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(str(problem)) from None
+
+
+OPTIONS = {  # field of Script: option, type, how its value is shown, help
+    "rpm": ("--rpm", float, "N", "requests a minute; 0 = no limit"),
+    "burst": ("--burst", int, "N", "size of the bucket"),
+    "window_s": ("--window", float, "S", "length of a sliding or fixed window"),
+    "max_in_flight": ("--max-in-flight", int, "N", "429 above so many requests at once; 0 = no such limit"),
+    "servers": ("--servers", int, "N", "requests worked on at once, the others queue; 0 = no queue"),
+    "latency_s": ("--latency", float, "S", "seconds to an answer"),
+    "jitter": ("--jitter", float, "X", "0.3 = latency varies by 30%% either way"),
+    "tail": ("--tail", float, "X", "share of answers that take 5 times as long"),
+    "retry_after": ("--retry-after", str, "FORM", "seconds, float, ms, date, none, or the header's value"),
+    "tokens": ("--tokens", two_integers, "IN,OUT", "billed for each ticket, instead of counting"),
+    "seed": ("--seed", int, "N", "of the jitter and the tail"),
+}
+
+
+def parse_arguments(arguments: list[str]) -> tuple[Script, int]:
+    """The script and the port that the options ask for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.gateway",
+        usage="%(prog)s [OPTIONS] [-- COMMAND ...]",
+        description="A stand-in for token-hub that answers by keywords (it is no model): runs COMMAND with "
+        "TOKENHUB_URL and TOKENHUB_KEY set, then prints what it served and billed.",
+    )
+    for name, (option, kind, metavar, about) in OPTIONS.items():
+        default = getattr(TOKEN_HUB, name)
+        parser.add_argument(option, dest=name, type=kind, metavar=metavar, default=default, help=about)
+    parser.add_argument("--limiter", choices=["bucket", "sliding", "fixed"], default=TOKEN_HUB.limiter)
+    parser.add_argument(
+        "--fault", dest="faults", type=fault, metavar="NAME[:EVERY]", action="append", default=[],
+        help="something that goes wrong, with each EVERYth request; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--port", type=int, metavar="N", default=0, help="0 = a free one")
+    settings = vars(parser.parse_args(arguments))
+    port = settings.pop("port")
+    return Script(**settings | {"faults": tuple(settings["faults"])}), port
+
+
+async def run_command(gateway: Gateway, command: list[str]) -> int:
+    """Serve while the command runs; its exit status is the result, 128+n for signal n."""
+    # Both are overridden, so that no real key comes here and no real service is called.
+    environment = os.environ | {"TOKENHUB_URL": gateway.url, "TOKENHUB_KEY": "stand-in-key"}
+    try:
+        process = await asyncio.create_subprocess_exec(*command, env=environment)
+    except OSError as problem:
+        print(f"tests.gateway: cannot run {command[0]}: {problem}", file=sys.stderr)
+        return 127
+
+    def pass_on(*_: object) -> None:
+        with suppress(ProcessLookupError):
+            process.terminate()
+
+    signal.signal(signal.SIGTERM, pass_on)
+    status = await process.wait()
+    return status if status >= 0 else 128 - status
+
+
+async def serve(script: Script, port: int, command: list[str]) -> int:
+    """Serve the command, or else whoever comes until interrupted; say what was served."""
+    async with Gateway(script, port) as gateway:
+        try:
+            if command:
+                return await run_command(gateway, command)
+            print(f"TOKENHUB_URL={gateway.url} TOKENHUB_KEY=stand-in-key", flush=True)
+            return await asyncio.Event().wait()
+        finally:
+            print(gateway.summary(), file=sys.stderr)
+
+
+def main(arguments: list[str]) -> int:
+    """What follows the first -- is the command, whatever it looks like."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    script, port = parse_arguments(arguments[:end])
+    command = arguments[end + 1 :]
+    if command:
+        # Ctrl-C is the command's to handle. It would inherit SIG_IGN; a Python handler it does not.
+        signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        return asyncio.run(serve(script, port, command))
+    except KeyboardInterrupt:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
