@@ -14,20 +14,15 @@ line, so it is never mistaken for a labelled one, and is sent again next time.
 
 import argparse
 import asyncio
-import contextlib
 import csv
-import errno
 import functools
 import hashlib
-import io
-import ipaddress
 import itertools
 import json
 import math
 import os
 import random
 import re
-import shutil
 import signal
 import sqlite3
 import sys
@@ -35,11 +30,11 @@ import unicodedata
 import urllib.request
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import get_type_hints
 
 import aiohttp
 from tqdm import tqdm
@@ -107,13 +102,8 @@ class InputError(Exception):
     """Something that the user has to mend before anything is sent; its text says what and where."""
 
 
-def printable(text: str) -> str:
-    """The text with control characters escaped, so that nothing foreign can steer the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-
-
 def excerpt(text: str, *secrets: str, limit: int = 200, run: int = 8) -> str:
-    """A short, printable form of what a gateway said, without any `run` characters that stand in a secret.
+    """A short form of foreign text, control characters escaped, without any `run` characters that a secret has.
 
     Gateways repeat keys and ticket texts in their errors, whole or in part; neither belongs in a log.
     """
@@ -122,8 +112,9 @@ def excerpt(text: str, *secrets: str, limit: int = 200, run: int = 8) -> str:
     for start in range(len(text) - run + 1):
         if any(text[start : start + run] in secret for secret in secrets):
             hidden.update(range(start, start + run))
-    shown = "".join("*" if i in hidden else c for i, c in enumerate(text))
-    return printable(shown[:limit] + ("..." if len(shown) > limit else ""))
+    shown = ["*" if i in hidden else c for i, c in enumerate(text)][:limit]
+    escaped = (c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in shown)
+    return "".join(escaped) + ("..." if len(text) > limit else "")
 
 
 # -------------------------------------------------------------------------------------------------- tickets
@@ -165,34 +156,31 @@ def load_tickets(path: Path) -> Iterator[Ticket]:
     lines = utf8_lines(path)
     header = next(lines, "")
     csv.field_size_limit(2**31 - 1)  # the default refuses bodies above 128 kB
-    rows = csv.reader(itertools.chain([header], lines), strict=True, delimiter=max(",;\t", key=header.count))
+    delimiter = max(",;\t", key=header.count)
+    rows = csv.DictReader(itertools.chain([header], lines), restkey="", delimiter=delimiter, strict=True)
     line = 1
     try:
-        columns = [name.strip().casefold() for name in next(rows, [])]
-        if not {"id", "body"} <= set(columns):
-            raise InputError(f"{path}:1: needs the columns id and body, has {', '.join(columns) or 'none'}")
-        while True:
+        rows.fieldnames = [name.strip().casefold() for name in rows.fieldnames or ()]
+        if not {"id", "body"} <= set(rows.fieldnames):
+            raise InputError(f"{path}:1: needs the columns id and body, has {excerpt(header) or 'none'}")
+        line = rows.line_num + 1
+        for row in rows:
+            yield parse_row(row, f"{path}:{line}", line)
             line = rows.line_num + 1
-            row = next(rows, None)
-            if row is None:
-                return
-            if row:
-                yield parse_row(columns, row, f"{path}:{line}", line)
     except csv.Error as error:
         raise InputError(f"{path}:{line}: not valid CSV in the row that begins here: {error}") from None
 
 
-def parse_row(columns: list[str], row: list[str], place: str, line: int) -> Ticket:
-    """One row as a Ticket; raises InputError where the row does not say clearly which ticket it is."""
-    if any(row[len(columns) :]):
-        raise InputError(f"{place}: {len(row)} fields under {len(columns)} columns; quote text that has commas")
-    cells = dict(zip(columns, row, strict=False))
-    if "body" not in cells or not cells.get("id", "").strip():
+def parse_row(row: dict, place: str, line: int) -> Ticket:
+    """One row as a Ticket; raises InputError where it does not say clearly which ticket it is."""
+    if any(row.get("", ())):
+        raise InputError(f"{place}: more fields than columns; text with commas or line ends in it needs quotes")
+    if row["body"] is None or not row["id"].strip():
         raise InputError(f"{place}: a ticket needs an id and a body")
-    gold = cells.get("label", "").strip() or None
+    gold = (row.get("label") or "").strip() or None
     if gold is not None and gold not in LABELS:
-        raise InputError(f"{place}: the label {printable(gold)!r} is not one of {', '.join(LABELS)}")
-    return Ticket(cells["id"], cells["body"], gold, line)
+        raise InputError(f"{place}: the label {excerpt(gold)!r} is not one of {', '.join(LABELS)}")
+    return Ticket(row["id"], row["body"], gold, line)
 
 
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
@@ -314,7 +302,7 @@ class Pacer:
 
     async def sleep(self, delay_s: float) -> None:
         """Waits so long; raises RunStopped as soon as the run is ending."""
-        with contextlib.suppress(TimeoutError):
+        with suppress(TimeoutError):
             async with asyncio.timeout(delay_s):
                 await self._stopping.wait()
         if self.stopped:
@@ -364,70 +352,57 @@ def cost_usd(model: str, usage: Usage) -> float | None:
 class Answer:
     reply: str
     usage: Usage
-    refused: bool  # by the provider's content filter
-    logprobs: tuple[tuple[str, float], ...]  # token and log-probability; empty where not sent
-
-
-class TicketFailed(Exception):
-    """This ticket cannot be labelled now; others may."""
-
-
-class WrongKey(RunStopped):
-    """401; but for two or three seconds after a key was made, that may pass too."""
+    tokens: tuple[tuple[str, float], ...]  # of the reply, each with its log-probability, where the gateway sends it
 
 
 @dataclass(eq=False)
-class MayPass(Exception):
-    """The same request may succeed in a while."""
+class CallFailed(Exception):
+    """A request that brought no answer."""
 
     message: str
-    usage: Usage | None = None  # what it may have cost all the same
-    congestion: bool = False  # the gateway has too much to do: a 429, a Retry-After, a time-out
-    refused: bool = False  # 429: it was not even let in, which is no fault of the ticket's
+    usage: Usage | None = None  # what it has cost, or may have, all the same
+
+
+class TicketFailed(CallFailed):
+    """This ticket cannot be labelled now; others may."""
+
+
+class WrongKey(CallFailed):
+    """401: fatal, but for the two or three seconds after a key was made."""
+
+
+@dataclass(eq=False)
+class MayPass(CallFailed):
+    """The same request may succeed in a while."""
+
     retry_after_s: float | None = None
+    congestion: bool = False  # the gateway has too much to do: a 429, a Retry-After, a time-out
+    refused: bool = False  # 429: it was not even let in, and does not count as a try
 
 
 QUOTA_CODES = {"insufficient_balance", "insufficient_quota", "insufficient_user_quota", "billing_hard_limit_reached"}
 QUOTA_TEXT = re.compile(r"insufficient[ _](user[ _])?(balance|quota)|exceeded your current quota", re.I)
-CODE_STATUS = {  # what an error inside a 200 would have had for its status
-    "rate_limit_exceeded": 429,
-    "authentication_error": 401,
-    "invalid_api_key": 401,
-    "model_not_found": 404,
-    "context_length_exceeded": 400,
-    "invalid_request_error": 400,
-}
+CODE_STATUS = {"rate_limit_exceeded": 429, "authentication_error": 401, "invalid_api_key": 401, "model_not_found": 404}
 ADVICE = {401: "check TOKENHUB_KEY", 402: "top up the account", 403: "the key may not do this"}
 WRONG_ADDRESS = "check TOKENHUB_URL and MODEL"
 
 
-def refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-STRICT_JSON = json.JSONDecoder(parse_constant=refuse_constant)
-
-
 def parse_json(raw: bytes) -> object:
-    """The JSON value; None for anything that is not strict JSON, and text, in UTF-8."""
+    """The value, or None for what is not JSON, as half a page of HTML, or a megabyte of brackets."""
     try:
-        text = raw.decode()
-        value = STRICT_JSON.decode(text)
-        if "\\ud" in text.lower():
-            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is not text
+        return json.loads(raw)
     except (ValueError, RecursionError):
         return None
-    return value
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
     """Seconds to wait: `retry-after-ms`, or Retry-After as a number or an HTTP-date (RFC 9110, section 10.2.3)."""
     for name, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        with contextlib.suppress(KeyError, ValueError):
+        with suppress(KeyError, ValueError):
             wait_s = float(headers[name]) * unit_s
             if 0 <= wait_s < math.inf:
                 return wait_s
-    with contextlib.suppress(KeyError, ValueError, TypeError):
+    with suppress(KeyError, ValueError, TypeError):
         at = parsedate_to_datetime(headers["retry-after"])
         now = parsedate_to_datetime(headers["date"]) if "date" in headers else datetime.now(UTC)
         return max(0.0, (at - now).total_seconds())
@@ -459,9 +434,9 @@ def failure(status: int, headers: Mapping[str, str], data: object, secrets: tupl
     if status in (402, 403, 404, 405):
         return RunStopped(f"{said}; {ADVICE.get(status, WRONG_ADDRESS)}")
     if status == 429:
-        return MayPass(said, congestion=True, refused=True, retry_after_s=wait_s)
+        return MayPass(said, None, wait_s, congestion=True, refused=True)
     if status in (408, 409, 425) or status >= 500:
-        return MayPass(said, congestion=wait_s is not None, retry_after_s=wait_s)
+        return MayPass(said, None, wait_s, congestion=wait_s is not None)
     return TicketFailed(said)
 
 
@@ -478,28 +453,27 @@ def parse_usage(usage: object) -> Usage | None:
     return Usage(*counts, cached if isinstance(cached, int) and 0 <= cached <= counts[0] else 0)
 
 
-def parse_logprobs(choice: dict) -> tuple[tuple[str, float], ...]:
-    """Tokens of the reply with their log-probabilities, empty where the gateway sent none."""
+def parse_tokens(choice: dict) -> tuple[tuple[str, float], ...]:
+    """The reply's tokens with their log-probabilities; none where the gateway sends none, or nonsense."""
     try:
-        tokens = choice["logprobs"]["content"]
-        return tuple((str(token["token"]), min(0.0, float(token["logprob"]))) for token in tokens)
-    except (KeyError, TypeError, ValueError):
+        return tuple((str(token["token"]), min(0.0, token["logprob"])) for token in choice["logprobs"]["content"])
+    except (KeyError, TypeError):
         return ()
 
 
 def parse_answer(data: object, estimate: Usage) -> Answer:
-    """The answer in the body of a 200; raises MayPass where there is none in it."""
+    """The answer in the body of a 200; raises MayPass where there is none in it, TicketFailed where it was refused."""
     if not isinstance(data, dict):
-        raise MayPass("200 without an answer: empty, cut off or not JSON", usage=estimate)
+        raise MayPass("200 without an answer: empty, cut off or not JSON", estimate)
     usage = parse_usage(data.get("usage")) or estimate
     try:
         choice = data["choices"][0]
-        content = choice["message"]["content"] or ""
-        if not isinstance(content, str):
-            raise TypeError
-    except (KeyError, IndexError, TypeError):
-        raise MayPass("200 without a reply in choices[0].message.content", usage=usage) from None
-    return Answer(content, usage, choice.get("finish_reason") == "content_filter", parse_logprobs(choice))
+        reply = (choice["message"]["content"] or "").encode(errors="replace").decode()
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise MayPass("200 without a reply in choices[0].message.content", usage) from None
+    if choice.get("finish_reason") == "content_filter":
+        raise TicketFailed("refused by the provider's content filter", usage)
+    return Answer(reply, usage, parse_tokens(choice))
 
 
 async def read_body(response: aiohttp.ClientResponse) -> bytes:
@@ -553,30 +527,35 @@ class Gateway:
                 self.pacer.accepted(started)
                 self.key_works = True
                 return answer
-            except WrongKey as wrong:
-                self.excuse_new_key(wrong)
-                continue
-            except TicketFailed as failed:
-                self.pacer.accepted(started)
-                if not self.logprobs or "logprobs" not in str(failed):
-                    raise
-                self.do_without_logprobs()
-                continue
-            except MayPass as failed:
+            except CallFailed as failed:
                 if failed.usage:
                     waste(failed.usage, failed.message)
-                if failed.congestion:
-                    self.pacer.refused(started, failed.retry_after_s)
-                else:
-                    self.pacer.accepted(started)
-                if failed.refused:
-                    continue
-                retries += 1
+                self.heed(failed, started)
+                tried = isinstance(failed, MayPass) and not failed.refused
+                retries += tried
                 if retries > MAX_RETRIES:
                     raise TicketFailed(f"{failed.message} ({retries} times)") from None
             finally:
                 self.at_stake_usd -= most_usd
-            await self.pacer.sleep(random.uniform(0, backoff_s(retries)))
+            if tried:
+                await self.pacer.sleep(random.uniform(0, backoff_s(retries)))
+
+    def heed(self, failed: CallFailed, started: float) -> None:
+        """Slows down, waits or does without, as the failure asks; raises it again where none of that can help."""
+        now = asyncio.get_running_loop().time()
+        if isinstance(failed, WrongKey):
+            self.first_401_at = min(self.first_401_at, now)
+            if self.key_works or now - self.first_401_at > KEY_GRACE_S:
+                raise RunStopped(failed.message)
+            self.pacer.hold(1.0)
+        elif isinstance(failed, MayPass) and failed.congestion:
+            self.pacer.refused(started, failed.retry_after_s)
+        else:
+            self.pacer.accepted(started)
+            if isinstance(failed, TicketFailed):
+                if not self.logprobs or "logprobs" not in failed.message:
+                    raise failed
+                self.do_without_logprobs()
 
     async def post(self, model: str, text: str) -> Answer:
         """One request; raises RunStopped, TicketFailed or MayPass."""
@@ -594,17 +573,9 @@ class Gateway:
         if response.status >= 300 or error_of(data) != ("", ""):
             raise failure(response.status, response.headers, data, secrets)
         answer = parse_answer(data, estimated_usage(text))
-        if self.logprobs and answer.reply and not answer.logprobs:
+        if self.logprobs and answer.reply and not answer.tokens:
             self.do_without_logprobs()
         return answer
-
-    def excuse_new_key(self, wrong: WrongKey) -> None:
-        """Holds everybody for a second where the key may just be too new; raises the error again otherwise."""
-        now = asyncio.get_running_loop().time()
-        self.first_401_at = min(self.first_401_at, now)
-        if self.key_works or now - self.first_401_at > KEY_GRACE_S:
-            raise wrong
-        self.pacer.hold(1.0)
 
     def do_without_logprobs(self) -> None:
         if self.logprobs:
@@ -645,7 +616,7 @@ class Result:
         return json.dumps(record).encode() + b"\n"
 
 
-RESULT_TYPES = get_type_hints(Result)
+RESULT_TYPES = Result.__annotations__
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -675,13 +646,19 @@ def priced(ticket: Ticket, label: str | None, model: str | None, usage: Usage, *
     return Result(*values, tokens_cached=usage.tokens_cached or None, estimated=usage.estimated or None, **more)
 
 
-def result_of(ticket: Ticket, model: str, answer: Answer) -> Result:
+def labelled(ticket: Ticket, model: str, answer: Answer) -> Result:
     """The model's answer as a Result; a reply that names no label becomes FALLBACK, and is kept beside it."""
     reply = answer.reply[:MAX_REPLY]
     label = normalize_label(reply)
-    sure = confidence(answer.logprobs, label) if label else None
+    sure = confidence(answer.tokens, label) if label else None
     kept = None if reply.strip() == label else reply
     return priced(ticket, label or FALLBACK, model, answer.usage, reply=kept, confidence=sure)
+
+
+def copied(ticket: Ticket, twin: Result) -> Result:
+    """The result of an equal ticket as this one's: the same label, at no cost."""
+    free = {"tokens_in": 0, "tokens_out": 0, "tokens_cached": None, "cost_usd": 0.0, "estimated": None}
+    return replace(twin, id=ticket.id, copy_of=twin.id, **free)
 
 
 INDEX = """
@@ -715,7 +692,7 @@ class Journal:
         self.backup = self.path.with_name(self.path.name + ".bak")
         self.index = sqlite3.connect("", timeout=0, isolation_level=None)
         self.index.executescript(INDEX)
-        self.file: io.FileIO | None = None
+        self.file = None
         self.end = 0  # of the last whole line
         self.gap = b""  # a newline, where an editor left none at the end
 
@@ -727,9 +704,7 @@ class Journal:
             self.index.execute("INSERT INTO tickets VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values + more)
         except sqlite3.IntegrityError:
             [(first,)] = self.query("SELECT line FROM tickets WHERE id = ?", ticket.id)
-            raise InputError(
-                f"line {ticket.line}: the id {printable(ticket.id)!r} stands in line {first} too"
-            ) from None
+            raise InputError(f"line {ticket.line}: the id {excerpt(ticket.id)!r} stands in line {first} too") from None
 
     def open(self) -> None:
         """Takes the output for this process and reads it; raises InputError where it cannot be had or understood."""
@@ -762,7 +737,7 @@ class Journal:
             self.end += len(line)
             self.gap = b"" if whole else b"\n"
         for _, line in numbered_lines(self.backup):
-            with contextlib.suppress(ValueError):  # a torn line says nothing, and its blank neighbours neither
+            with suppress(ValueError):  # a torn line says nothing, and its blank neighbours neither
                 self.note("wasted", parse_result(line))
         for number, label in self.query("SELECT line, label FROM done ORDER BY line"):
             if label not in LABELS:
@@ -785,7 +760,7 @@ class Journal:
             for file in (backup, kept):
                 file.flush()
                 os.fsync(file.fileno())
-        shutil.copymode(self.path, new)
+        os.chmod(new, self.path.stat().st_mode)
         self.file.close()  # Windows renames no open file
         os.replace(new, self.path)
         self.file = open(self.path, "r+b", buffering=0)
@@ -806,7 +781,7 @@ class Journal:
                 if self.file.tell() != self.end:
                     self.rewind()  # what a full disk took of the line before
                 if self.file.write(line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    raise OSError("No space left on device")
                 self.end += len(line)
                 self.gap = b""
             self.note("labels" if result.label else "wasted", result)
@@ -862,42 +837,32 @@ class Run:
                     "MODEL and SYSTEM_PROMPT; for a model that thinks first, EXTRA_BODY and MAX_TOKENS"
                 )
 
-    def fail(self, ticket: Ticket, why: TicketFailed) -> None:
+    def fail(self, ticket: Ticket, why: str) -> None:
         """Names a ticket that gets no line; stops the run after too many in a row."""
-        say(f"ticket {printable(ticket.id)} failed: {why}")
+        say(f"ticket {excerpt(ticket.id)} failed: {why}")
         self.failed += 1
         self.failed_in_a_row += 1
         if self.failed_in_a_row == MAX_IN_A_ROW:
             self.gateway.pacer.stop(f"{MAX_IN_A_ROW} tickets in a row failed, the last one with: {why}")
 
 
-async def asked(run: Run, ticket: Ticket, model: str) -> Result:
-    """The ticket's result by asking the model; raises TicketFailed or RunStopped."""
+async def classify_one(run: Run, ticket: Ticket) -> None:
+    """Gets the ticket its line, or says on stderr why it has none."""
 
     def waste(usage: Usage, why: str) -> None:
         run.keep(priced(ticket, None, model, usage, error=why))
 
-    answer = await run.gateway.ask(model, ticket.text, waste)
-    if answer.refused:
-        waste(answer.usage, "content_filter")
-        raise TicketFailed("refused by the provider's content filter")
-    return result_of(ticket, model, answer)
-
-
-async def classify_one(run: Run, ticket: Ticket) -> None:
-    """Gets the ticket its line, or says on stderr why it has none."""
     model = pick_model(ticket, run.job.model, run.job.chinese_model)
     try:
         if model is None:
             return run.keep(priced(ticket, FALLBACK, None, Usage(0, 0)))
         async with run.asking.setdefault((model, ticket.digest), asyncio.Lock()):
             if twin := run.journal.twin(ticket, model):
-                free = {"id": ticket.id, "tokens_in": 0, "tokens_out": 0, "tokens_cached": None, "cost_usd": 0.0}
-                run.keep(replace(twin, **free, estimated=None, copy_of=twin.id))
+                run.keep(copied(ticket, twin))
             else:
-                run.keep(await asked(run, ticket, model))
+                run.keep(labelled(ticket, model, await run.gateway.ask(model, ticket.text, waste)))
     except TicketFailed as failed:
-        run.fail(ticket, failed)
+        run.fail(ticket, failed.message)
     except RunStopped as stopped:
         run.gateway.pacer.stop(str(stopped))
 
@@ -944,16 +909,14 @@ def stop_on_signals(pacer: Pacer) -> None:
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(interrupted))
 
 
-def is_loopback(host: str | None) -> bool:
-    """Whether the address never leaves this machine."""
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host or "").is_loopback
-    return host == "localhost"
+def is_loopback(url: URL) -> bool:
+    """Whether what is sent there never leaves this machine."""
+    return bool(re.fullmatch(r"localhost|127(\.\d+){3}|::1", url.host or ""))
 
 
 def proxy_for(url: URL) -> str | None:
     """The proxy that the environment names for this address; loopback needs none, and nothing may leak to one."""
-    if is_loopback(url.host) or urllib.request.proxy_bypass(url.host):
+    if is_loopback(url) or urllib.request.proxy_bypass(url.host):
         return None
     return urllib.request.getproxies().get(url.scheme)
 
@@ -1026,8 +989,8 @@ def plan(job: Job, journal: Journal) -> list[str]:
     holds = not job.budget_usd or usd is None or spent + usd <= job.budget_usd
     return [
         f"{send} of {all_} tickets to send: about {dollars(usd)}, {time}" + ("" if holds else "; OVER THE BUDGET"),
-        f"Tickets: {all_}; {done} done, {stale} changed since, {missing - send} identical to another, {empty:.0f} empty, "
-        f"{cut:.0f} cut at {MAX_CHARS} characters",
+        f"Tickets: {all_}; {done} done, {stale} changed since, {missing - send} identical to another, "
+        f"{empty:.0f} empty, {cut:.0f} cut at {MAX_CHARS} characters",
         f"Tokens : about {tokens:,} in / {LABEL_TOKENS * send:,} out",
         *(
             f"Model  : {name}, {n} tickets, about {dollars(usd)}"
@@ -1059,13 +1022,14 @@ def report(journal: Journal, this: Run) -> list[str]:
 
 def notes(journal: Journal, this: Run) -> Iterator[str]:
     """What else there is to say, each line only where there is something."""
-    yield f"This run: {this.labelled} tickets labelled, {this.failed} failed, {dollars(this.gateway.spent_usd - this.spent_before_usd)}"
+    spent = dollars(this.gateway.spent_usd - this.spent_before_usd)
+    yield f"This run: {this.labelled} tickets labelled, {this.failed} failed, {spent}"
     [(wasted, usd)] = journal.query("SELECT count(*), total(cost_usd) FROM wasted")
     if wasted:
         yield f"Old or in vain: {wasted} requests, {dollars(usd)} of the cost; they stand in {journal.backup.name}"
     [(estimated, usd)] = journal.query("SELECT count(*), total(cost_usd) FROM paid WHERE estimated")
     if estimated:
-        yield f"Estimated: the tokens of {estimated} requests, {dollars(usd)} of the cost; the gateway did not tell them"
+        yield f"Estimated: {estimated} requests, {dollars(usd)} of the cost, for which the gateway told no tokens"
     [(copies, usd)] = journal.query("SELECT count(*), total(o.cost_usd) FROM done JOIN labels o ON o.id = done.copy_of")
     if copies:
         yield f"Identical: {copies} tickets got the label of an equal one, which saved {dollars(usd)}"
@@ -1085,7 +1049,7 @@ def notes(journal: Journal, this: Run) -> Iterator[str]:
             yield f"Note: {count} tickets {what}"
     pacer = this.gateway.pacer
     if pacer.refusals:
-        yield f"Limit: the gateway refused {pacer.refusals} requests; it lets about {60 * pacer.pace:.0f} a minute through"
+        yield f"Limit: {pacer.refusals} requests refused; the gateway lets about {60 * pacer.pace:.0f} a minute through"
 
 
 def wilson(right: int, of: int) -> str:
@@ -1148,13 +1112,10 @@ def checked_job(options: argparse.Namespace) -> Job:
     url = URL(os.environ.get("TOKENHUB_URL") or TOKENHUB_URL)
     key = os.environ.get("TOKENHUB_KEY", "").strip()
     model, chinese_model = (options.model, None) if options.model else (MODEL, CHINESE_MODEL)
+    private = url.scheme == "https" or (url.scheme == "http" and is_loopback(url))
     unpriced = [name for name in (model, chinese_model) if name and name not in PRICES]
-    private = url.scheme == "https" or (url.scheme == "http" and is_loopback(url.host))
     for wrong, why in (
-        (
-            not key and not options.dry_run,
-            "set TOKENHUB_KEY to your key; any word will do for a server that needs none",
-        ),
+        (not (key or options.dry_run), "set TOKENHUB_KEY to your key; any word will do for a server that needs none"),
         (not re.fullmatch("[!-~]*", key), "TOKENHUB_KEY has characters that no key has; copy it again"),
         (not (url.host and private), f"TOKENHUB_URL must be https://..., or http:// on this machine, not {url}"),
         (options.budget and unpriced, f"PRICES lacks {', '.join(unpriced)}; add its price, or use --budget 0"),

@@ -61,7 +61,9 @@ class Desk:
         assert not constants, f"classify.py has no setting {sorted(constants)}"
         (self.folder / "classify.py").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    def write(self, tickets: Mapping[str, str] | Iterable[tuple[str, ...]], header: tuple[str, ...] = ("id", "body")) -> None:
+    def write(
+        self, tickets: Mapping[str, str] | Iterable[tuple[str, ...]], header: tuple[str, ...] = ("id", "body")
+    ) -> None:
         """Writes tickets.csv: id to body, or whole rows."""
         rows = tickets.items() if isinstance(tickets, Mapping) else tickets
         with open(self.tickets, "w", newline="", encoding="utf-8") as file:
@@ -71,7 +73,9 @@ class Desk:
 
     async def start(self, gateway: Gateway | None, *arguments: str, **environment: str) -> asyncio.subprocess.Process:
         """Starts the program in its folder; an empty environment value removes the variable."""
-        clean = {k: v for k, v in os.environ.items() if not k.upper().endswith("_PROXY") and not k.startswith("TOKENHUB")}
+        clean = {
+            k: v for k, v in os.environ.items() if not k.upper().endswith("_PROXY") and not k.startswith("TOKENHUB")
+        }
         ours = {"TOKENHUB_KEY": KEY} | ({"TOKENHUB_URL": gateway.url} if gateway else {}) | environment
         return await asyncio.create_subprocess_exec(
             sys.executable, "classify.py", *arguments, cwd=self.folder,

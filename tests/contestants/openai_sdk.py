@@ -1,0 +1,45 @@
+"""The OpenAI SDK with its own retries, a semaphore, gather, and the file at the end."""
+
+import asyncio
+import csv
+import json
+import os
+
+from openai import AsyncOpenAI, OpenAIError
+
+LABELS = {"billing", "bug", "how-to", "feature-request", "other"}
+PROMPT = os.environ.get("SYSTEM_PROMPT", f"Classify the support ticket. Answer with one of: {', '.join(LABELS)}.")
+CONCURRENCY = 40
+
+
+async def classify(client: AsyncOpenAI, semaphore: asyncio.Semaphore, ticket: dict) -> dict:
+    async with semaphore:
+        completion = await client.chat.completions.create(
+            model="deepseek-chat",
+            messages=[{"role": "system", "content": PROMPT}, {"role": "user", "content": ticket["body"]}],
+            max_tokens=10,
+            temperature=0,
+        )
+    reply = (completion.choices[0].message.content or "").strip().lower()
+    return {"id": ticket["id"], "label": reply if reply in LABELS else "other"}
+
+
+async def main() -> None:
+    with open("tickets.csv", newline="", encoding="utf-8") as file:
+        tickets = list(csv.DictReader(file))
+    semaphore = asyncio.Semaphore(CONCURRENCY)
+    base_url = os.environ["TOKENHUB_URL"].removesuffix("/chat/completions")
+    async with AsyncOpenAI(base_url=base_url, api_key=os.environ["TOKENHUB_KEY"]) as client:
+        calls = (classify(client, semaphore, ticket) for ticket in tickets)
+        results = await asyncio.gather(*calls, return_exceptions=True)
+    with open("labels.jsonl", "w", encoding="utf-8") as file:
+        for ticket, result in zip(tickets, results, strict=True):
+            if isinstance(result, OpenAIError):
+                print(f"ticket {ticket['id']}: {result}")
+            elif isinstance(result, BaseException):
+                raise result
+            else:
+                file.write(json.dumps(result) + "\n")
+
+
+asyncio.run(main())
