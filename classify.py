@@ -32,7 +32,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
@@ -125,7 +125,7 @@ class Ticket:
     id: str
     body: str
     gold: str | None  # the label that a person gave, where the CSV has a `label` column
-    line: int  # of the CSV, where the ticket begins
+    place: str  # where in the CSV it begins
 
     @property
     def text(self) -> str:
@@ -165,13 +165,13 @@ def load_tickets(path: Path) -> Iterator[Ticket]:
             raise InputError(f"{path}:1: needs the columns id and body, has {excerpt(header) or 'none'}")
         line = rows.line_num + 1
         for row in rows:
-            yield parse_row(row, f"{path}:{line}", line)
+            yield parse_row(row, f"{path}:{line}")
             line = rows.line_num + 1
     except csv.Error as error:
         raise InputError(f"{path}:{line}: not valid CSV in the row that begins here: {error}") from None
 
 
-def parse_row(row: dict, place: str, line: int) -> Ticket:
+def parse_row(row: dict, place: str) -> Ticket:
     """One row as a Ticket; raises InputError where it does not say clearly which ticket it is."""
     if any(row.get("", ())):
         raise InputError(f"{place}: more fields than columns; text with commas or line ends in it needs quotes")
@@ -180,10 +180,10 @@ def parse_row(row: dict, place: str, line: int) -> Ticket:
     gold = (row.get("label") or "").strip() or None
     if gold is not None and gold not in LABELS:
         raise InputError(f"{place}: the label {excerpt(gold)!r} is not one of {', '.join(LABELS)}")
-    return Ticket(row["id"], row["body"], gold, line)
+    return Ticket(row["id"], row["body"], gold, place)
 
 
-HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
+HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]+")
 KANA = re.compile("[\u3041-\u30ff]")
 
 
@@ -211,25 +211,24 @@ def plain(text: str) -> str:
 
 
 @functools.cache
-def label_pattern(labels: tuple[str, ...]) -> re.Pattern:
-    """Finds a label as whole words, its hyphens written in any way, and a "not" that stands before it."""
+def label_finder(labels: tuple[str, ...]) -> tuple[re.Pattern, dict[str, str]]:
+    """A pattern for labels as whole words, with a "not" that stands before one, and the label for each match."""
     # The scripts of East Asia put no space between words, so they end a Latin word; "no-other" is one word.
     letter = r"[^\W_\u2e80-\u9fff\uac00-\ud7af]"
     forms = [r"[-_\s]*".join(map(re.escape, WORD_GAP.split(plain(label)))) for label in labels]
     longest_first = "|".join(sorted(forms, key=len, reverse=True))
     negation = r"((?:not?|non|never|neither|nor)[-\s]+(?:an?\s+)?)?"
-    return re.compile(f"(?<!{letter})(?<!{letter}[-_]){negation}({longest_first})(?!{letter})(?![-_]{letter})")
+    pattern = f"(?<!{letter})(?<!{letter}[-_]){negation}({longest_first})(?!{letter})(?![-_]{letter})"
+    return re.compile(pattern), {WORD_GAP.sub("", plain(label)): label for label in labels}
 
 
 def normalize_label(reply: str) -> str | None:
     """The one label that the reply's first non-empty line names as whole words; None if it names none or several."""
-    labels = {WORD_GAP.sub("", plain(label)): label for label in LABELS}
+    pattern, label_of = label_finder(tuple(LABELS))
     line = next((line for line in plain(reply).splitlines() if line.strip()), "")
-    named = label_pattern(tuple(LABELS)).findall(line)
-    if any(negation for negation, _ in named):
-        return None
-    found = {labels[WORD_GAP.sub("", name)] for _, name in named}
-    return found.pop() if len(found) == 1 else None
+    named = pattern.findall(line)
+    found = {label_of[WORD_GAP.sub("", name)] for _, name in named}
+    return found.pop() if len(found) == 1 and not any(negation for negation, _ in named) else None
 
 
 def confidence(tokens: Iterable[tuple[str, float]], label: str) -> float | None:
@@ -330,7 +329,7 @@ class Usage:
 def estimated_usage(text: str) -> Usage:
     """What a ticket will cost: 0.3 token a character, 0.6 a Chinese one (DeepSeek API docs, "Token Usage")."""
     characters = SYSTEM_PROMPT + text
-    han = 0 if characters.isascii() else len(HAN.findall(characters))
+    han = 0 if characters.isascii() else sum(map(len, HAN.findall(characters)))
     return Usage(math.ceil(0.3 * len(characters) + 0.3 * han), LABEL_TOKENS, estimated=True)
 
 
@@ -461,11 +460,11 @@ def parse_tokens(choice: dict) -> tuple[tuple[str, float], ...]:
         return ()
 
 
-def parse_answer(data: object, estimate: Usage) -> Answer:
+def parse_answer(data: object, text: str) -> Answer:
     """The answer in the body of a 200; raises MayPass where there is none in it, TicketFailed where it was refused."""
     if not isinstance(data, dict):
-        raise MayPass("200 without an answer: empty, cut off or not JSON", estimate)
-    usage = parse_usage(data.get("usage")) or estimate
+        raise MayPass("200 without an answer: empty, cut off or not JSON", estimated_usage(text))
+    usage = parse_usage(data.get("usage")) or estimated_usage(text)
     try:
         choice = data["choices"][0]
         reply = (choice["message"]["content"] or "").encode(errors="replace").decode()
@@ -572,7 +571,7 @@ class Gateway:
             raise MayPass(excerpt(f"connection lost: {error}", *secrets), most_usage(text)) from None
         if response.status >= 300 or error_of(data) != ("", ""):
             raise failure(response.status, response.headers, data, secrets)
-        answer = parse_answer(data, estimated_usage(text))
+        answer = parse_answer(data, text)
         if self.logprobs and answer.reply and not answer.tokens:
             self.do_without_logprobs()
         return answer
@@ -663,7 +662,7 @@ def copied(ticket: Ticket, twin: Result) -> Result:
 
 INDEX = """
     PRAGMA journal_mode = OFF;
-    CREATE TABLE tickets (id TEXT PRIMARY KEY, line INT, wanted INT, digest TEXT, model TEXT, gold TEXT, chinese INT,
+    CREATE TABLE tickets (id TEXT PRIMARY KEY, place TEXT, wanted INT, digest TEXT, model TEXT, gold TEXT, chinese INT,
         cut INT, tokens INT) WITHOUT ROWID;
     CREATE TABLE labels (id TEXT PRIMARY KEY, line INT, label TEXT, model TEXT, tokens_in INT, tokens_out INT,
         cost_usd REAL, digest TEXT, reply TEXT, tokens_cached INT, confidence REAL, estimated INT, copy_of TEXT,
@@ -690,7 +689,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = Path(os.path.realpath(path))  # whoever put a symlink there wants it kept
         self.backup = self.path.with_name(self.path.name + ".bak")
-        self.index = sqlite3.connect("", timeout=0, isolation_level=None)
+        self.index = sqlite3.connect("", timeout=0)
         self.index.executescript(INDEX)
         self.file = None
         self.end = 0  # of the last whole line
@@ -698,23 +697,25 @@ class Journal:
 
     def expect(self, ticket: Ticket, model: str | None, wanted: bool) -> None:
         """Notes a ticket that the output is to cover; raises InputError where its id came before."""
-        values = (ticket.id, ticket.line, wanted, ticket.digest, model, ticket.gold)
+        values = (ticket.id, ticket.place, wanted, ticket.digest, model, ticket.gold)
         more = (contains_chinese(ticket.body), len(ticket.body) > MAX_CHARS, estimated_usage(ticket.text).tokens_in)
         try:
             self.index.execute("INSERT INTO tickets VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values + more)
         except sqlite3.IntegrityError:
-            [(first,)] = self.query("SELECT line FROM tickets WHERE id = ?", ticket.id)
-            raise InputError(f"line {ticket.line}: the id {excerpt(ticket.id)!r} stands in line {first} too") from None
+            [(first,)] = self.query("SELECT place FROM tickets WHERE id = ?", ticket.id)
+            raise InputError(f"{ticket.place}: the id {excerpt(ticket.id)!r} stands at {first} already") from None
 
     def open(self) -> None:
         """Takes the output for this process and reads it; raises InputError where it cannot be had or understood."""
+        self.file = open(self.path, "ab", buffering=0)
+        if not self.path.is_file():
+            raise InputError(f"{self.path}: not a regular file")
+        self.index.commit()  # nothing can be attached in a transaction
+        self.index.execute("ATTACH ? AS lock", (f"{self.path}.lock",))
         try:
-            self.index.execute("ATTACH ? AS lock", (f"{self.path}.lock",))
             self.index.execute("BEGIN EXCLUSIVE")  # until this process ends, however it does
-            self.file = open(self.path, "r+b" if self.path.exists() else "x+b", buffering=0)
-        except sqlite3.OperationalError as error:
-            why = "another run is at work on it" if "locked" in str(error) else "its folder cannot be written"
-            raise InputError(f"{self.path}: {why}") from None
+        except sqlite3.OperationalError:
+            raise InputError(f"{self.path}: another run is at work on it") from None
         self.load()
 
     def load(self) -> None:
@@ -763,12 +764,8 @@ class Journal:
         os.chmod(new, self.path.stat().st_mode)
         self.file.close()  # Windows renames no open file
         os.replace(new, self.path)
-        self.file = open(self.path, "r+b", buffering=0)
+        self.file = open(self.path, "ab", buffering=0)
         self.load()
-
-    def rewind(self) -> None:
-        self.file.truncate(self.end)
-        self.file.seek(self.end)
 
     def append(self, result: Result) -> None:
         """Writes one line, flushed to the system; raises RunStopped where the disk does not take it."""
@@ -779,7 +776,7 @@ class Journal:
                     backup.write(b"\n" + line)  # should the line before it be torn
             else:
                 if self.file.tell() != self.end:
-                    self.rewind()  # what a full disk took of the line before
+                    self.file.truncate(self.end)  # a crash or a full disk left half a line
                 if self.file.write(line) < len(line):
                     raise OSError("No space left on device")
                 self.end += len(line)
@@ -985,7 +982,8 @@ def plan(job: Job, journal: Journal) -> list[str]:
     costs = [cost_usd(model, Usage(tokens, LABEL_TOKENS * count)) for model, count, tokens in models]
     send, tokens = sum(count for _, count, _ in models), sum(tokens for _, _, tokens in models)
     usd = None if None in costs else sum(costs)
-    time = f"at least {send / job.rpm:.1f} min at {job.rpm:g} a minute" if job.rpm else "at the pace that is found"
+    least = timedelta(minutes=send / job.rpm if job.rpm else 0)
+    time = f"at least {str(least).split('.')[0]} at {job.rpm:g} a minute" if job.rpm else "at the pace that is found"
     holds = not job.budget_usd or usd is None or spent + usd <= job.budget_usd
     return [
         f"{send} of {all_} tickets to send: about {dollars(usd)}, {time}" + ("" if holds else "; OVER THE BUDGET"),
@@ -1161,11 +1159,13 @@ def main() -> int:
     options = parse_arguments()
     try:
         return label(checked_job(options))
-    except (InputError, OSError, sqlite3.Error) as error:
+    except (InputError, sqlite3.Error) as error:
         say(f"classify.py: {error}")
-        return 2
+    except OSError as error:
+        say(f"classify.py: {error.filename or 'stdout'}: {error.strerror}")
     except KeyboardInterrupt:
         return 130
+    return 2
 
 
 if __name__ == "__main__":

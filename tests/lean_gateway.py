@@ -1,4 +1,4 @@
-"""A server that gives one fixed answer to every request, as fast as Python can: for measuring clients, not behaviour."""
+"""One fixed answer to every request, as fast as plain Python can: for measuring clients, not their behaviour."""
 
 from __future__ import annotations
 

@@ -20,11 +20,10 @@ async def work(session: aiohttp.ClientSession, tickets: Iterator[dict]) -> None:
             await response.json()
 
 
-async def main() -> None:
-    with open("tickets.csv", newline="", encoding="utf-8") as file:
-        tickets = csv.DictReader(file)
-        async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {KEY}"}) as session:
-            await asyncio.gather(*(work(session, tickets) for _ in range(WORKERS)))
+async def post_all(tickets: Iterator[dict]) -> None:
+    async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {KEY}"}) as session:
+        await asyncio.gather(*(work(session, tickets) for _ in range(WORKERS)))
 
 
-asyncio.run(main())
+with open("tickets.csv", newline="", encoding="utf-8") as file:
+    asyncio.run(post_all(csv.DictReader(file)))

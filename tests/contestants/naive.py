@@ -35,15 +35,14 @@ async def classify(session: aiohttp.ClientSession, semaphore: asyncio.Semaphore,
     return {"id": ticket["id"], "label": label}
 
 
-async def main() -> None:
-    with open("tickets.csv", newline="", encoding="utf-8") as file:
-        tickets = list(csv.DictReader(file))
+async def classify_all(tickets: list[dict]) -> list[dict]:
     semaphore = asyncio.Semaphore(CONCURRENCY)
     timeout = aiohttp.ClientTimeout(total=60)
     async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {KEY}"}, timeout=timeout) as session:
-        results = await asyncio.gather(*(classify(session, semaphore, ticket) for ticket in tickets))
-    with open("labels.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(result) + "\n" for result in results)
+        return await asyncio.gather(*(classify(session, semaphore, ticket) for ticket in tickets))
 
 
-asyncio.run(main())
+with open("tickets.csv", newline="", encoding="utf-8") as file:
+    results = asyncio.run(classify_all(list(csv.DictReader(file))))
+with open("labels.jsonl", "w", encoding="utf-8") as file:
+    file.writelines(json.dumps(result) + "\n" for result in results)

@@ -24,22 +24,22 @@ async def classify(client: AsyncOpenAI, semaphore: asyncio.Semaphore, ticket: di
     return {"id": ticket["id"], "label": reply if reply in LABELS else "other"}
 
 
-async def main() -> None:
-    with open("tickets.csv", newline="", encoding="utf-8") as file:
-        tickets = list(csv.DictReader(file))
+async def classify_all(tickets: list[dict]) -> list[dict | BaseException]:
     semaphore = asyncio.Semaphore(CONCURRENCY)
     base_url = os.environ["TOKENHUB_URL"].removesuffix("/chat/completions")
     async with AsyncOpenAI(base_url=base_url, api_key=os.environ["TOKENHUB_KEY"]) as client:
         calls = (classify(client, semaphore, ticket) for ticket in tickets)
-        results = await asyncio.gather(*calls, return_exceptions=True)
-    with open("labels.jsonl", "w", encoding="utf-8") as file:
-        for ticket, result in zip(tickets, results, strict=True):
-            if isinstance(result, OpenAIError):
-                print(f"ticket {ticket['id']}: {result}")
-            elif isinstance(result, BaseException):
-                raise result
-            else:
-                file.write(json.dumps(result) + "\n")
+        return await asyncio.gather(*calls, return_exceptions=True)
 
 
-asyncio.run(main())
+with open("tickets.csv", newline="", encoding="utf-8") as file:
+    tickets = list(csv.DictReader(file))
+results = asyncio.run(classify_all(tickets))
+with open("labels.jsonl", "w", encoding="utf-8") as file:
+    for ticket, result in zip(tickets, results, strict=True):
+        if isinstance(result, OpenAIError):
+            print(f"ticket {ticket['id']} failed: {result}")
+        elif isinstance(result, BaseException):
+            raise result
+        else:
+            file.write(json.dumps(result) + "\n")

@@ -1,0 +1,420 @@
+"""Every fault of the gateway, once in five requests and for ever: what must happen is a table, and it happens.
+
+`python -m tests.test_faults` runs the same matrix and prints it in Markdown.
+"""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import KEY, PROGRAM, Desk, Done
+from tests.gateway import ERRORS, FAULTS, Fault, Gateway, Script
+
+# ---- Starting the program hundreds of times ------------------------------------------------------------
+
+# Start-up is 0.35 s, nearly all of it imports. So they are done once, and each start is a fork that executes the
+# desk's own classify.py as __main__, with its own folder, arguments, environment, stdout and stderr.
+FORK_SERVER = """
+import json, os, resource, runpy, signal, sys, traceback, types
+runpy.run_path(sys.argv[1])
+codes = {}
+for line in iter(sys.stdin.readline, ""):
+    job = json.loads(line)
+    os.chdir(job["folder"])
+    source = open("classify.py", encoding="utf-8").read()
+    code = codes.get(source) or codes.setdefault(source, compile(source, "classify.py", "exec"))
+    pid = os.fork()
+    if not pid:
+        for fd, name in ((0, os.devnull), (1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), fd)
+        os.environ.update(job["environment"])
+        sys.argv = ["classify.py", *job["arguments"]]
+        if job["die_at_byte"] is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["die_at_byte"],) * 2)
+        sys.modules["__main__"] = module = types.ModuleType("__main__")
+        status = 0
+        try:
+            exec(code, vars(module))
+        except SystemExit as ended:
+            status = ended.code or 0
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        os._exit(status)
+    print(pid, flush=True)
+    _, status, used = os.wait4(pid, 0)
+    print(os.waitstatus_to_exitcode(status), used.ru_maxrss, flush=True)
+"""
+
+
+class ForkServer:
+    """Runs the program of a desk in a fork, one at a time."""
+
+    async def __aenter__(self) -> "ForkServer":
+        clean = {
+            k: v for k, v in os.environ.items() if not k.upper().endswith("_PROXY") and not k.startswith("TOKENHUB")
+        }
+        self.server = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", FORK_SERVER, str(PROGRAM), env=clean,
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.server.stdin.close()
+        await self.server.wait()
+
+    async def start(self, desk: Desk, url: str, *arguments: str, die_at_byte: int | None = None) -> int:
+        """Starts the program, which a file that grows to `die_at_byte` kills in the middle of its write; the pid."""
+        environment = {"TOKENHUB_URL": url, "TOKENHUB_KEY": KEY}
+        job = {
+            "folder": str(desk.folder),
+            "arguments": arguments,
+            "environment": environment,
+            "die_at_byte": die_at_byte,
+        }
+        self.server.stdin.write(json.dumps(job).encode() + b"\n")
+        self.desk, self.pid = desk, int(await self.server.stdout.readline())
+        return self.pid
+
+    async def finish(self, within_s: float = 30) -> Done:
+        """What the run left behind; status -9 where it had to be killed."""
+        ended = asyncio.ensure_future(self.server.stdout.readline())
+        if not (await asyncio.wait([ended], timeout=within_s))[0]:
+            os.kill(self.pid, signal.SIGKILL)
+        status, self.peak_kb = map(int, (await ended).split())
+        out, err = ((self.desk.folder / name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
+        return Done(status, out, err, self.desk.output)
+
+
+# ---- The table -----------------------------------------------------------------------------------------
+
+LABELLED, FAILS, STOPS = "labelled", "fails", "stops"
+MAY_PASS = {408, 409, 425, 500, 502, 503, 504, 520, 529}
+THIS_TICKET = {400, 413, 422, 451}
+EXPECTED = {  # fault: what must happen when it hits one request in five, and when it hits every one
+    **{f"status_{status}": (LABELLED, FAILS) for status in MAY_PASS},
+    **{f"status_{status}": (FAILS, FAILS) for status in THIS_TICKET},
+    **{f"status_{status}": (STOPS, STOPS) for status in set(ERRORS) - MAY_PASS - THIS_TICKET - {429}},
+    "status_429": (LABELLED, STOPS),
+    **dict.fromkeys(("int_code_500", "empty_code_500", "string_error_500", "empty_500", "html_502"), (LABELLED, FAILS)),
+    **dict.fromkeys(("quota_429", "quota_error_200", "redirect", "redirect_307"), (STOPS, STOPS)),
+    **dict.fromkeys(("echo_400", "control_400", "content_filter"), (FAILS, FAILS)),
+    **dict.fromkeys(("error_200", "string_error_200", "html_200", "empty_200", "blank_200"), (LABELLED, FAILS)),
+    **dict.fromkeys(("not_json_200", "nested_json", "big_200", "no_choices", "truncated_json"), (LABELLED, FAILS)),
+    **dict.fromkeys(("truncated", "cut_inside", "cut_before"), (LABELLED, FAILS)),
+    **dict.fromkeys(("text_plain", "slow", "blank_lines", "cut_after"), (LABELLED, LABELLED)),
+    **dict.fromkeys(("null_usage", "absurd_usage", "no_usage"), (LABELLED, LABELLED)),
+    **dict.fromkeys(("null_content", "length", "off_list"), (LABELLED, LABELLED)),
+    "hang": (LABELLED, FAILS + STOPS),  # time-outs alone are nothing but refusals, in the end
+}
+AT_ONCE = {
+    "status_402",
+    "status_403",
+    "status_404",
+    "status_405",
+    "quota_429",
+    "quota_error_200",
+    "redirect",
+    "redirect_307",
+}
+BILLED_IN_VAIN = {"big_200", "no_choices", "truncated_json", "truncated", "cut_inside"}  # the answer cannot be read
+NAMELESS = {"null_content", "length"}  # an empty reply, which is off the list
+
+# A wait, garbage, and a wait that nobody sits out. "" stands for the empty header, None for no header.
+WAITS = ("seconds", "float", "ms", "date")
+GARBAGE = ("soon", "-5", "nan", "1e999", "", "1,5", "\u0665")
+TOO_LONG = ("99999", "Fri, 31 Dec 9999 23:59:59 GMT", "1e300")
+
+TICKETS = {
+    f"t{n}": f"Hello, {about}. See number {n}, thanks!"
+    for n, about in enumerate(
+        3 * ["my invoice is wrong", "the app has a bug", "how do I log in", "please add dark mode", "well"]
+    )
+}
+CONCURRENCY = 8
+SETTINGS = {
+    "TIMEOUT": 8, "MAX_RETRIES": 6, "MAX_IN_A_ROW": 20, "BACKOFF_S": 0.02, "BACKOFF_MAX_S": 0.1,
+    "KEY_GRACE_S": 0.3, "MAX_HOLD_S": 60.0, "MAX_REFUSED_S": 1.5,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fault, how often it hits, and with what Retry-After."""
+
+    fault: str
+    header: str | None
+    every: int
+
+    def __str__(self) -> str:
+        header = "" if self.header is None else f", Retry-After {self.header!r}"
+        return f"{self.fault}{header}, {'for ever' if self.every == 1 else 'once in five'}"
+
+    @property
+    def expected(self) -> str:
+        """What must happen, or the two things of which either may."""
+        once, ever = EXPECTED[self.fault]
+        if self.fault.removeprefix("status_") in map(str, {429, *MAY_PASS}):
+            if self.header in TOO_LONG:
+                return STOPS
+            if self.header in WAITS:  # to be told to wait again and again is to be refused
+                ever += STOPS
+        return ever if self.every == 1 else once
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """The settings, with fewer retries where they would only take time."""
+        few = {"MAX_RETRIES": 2} if self.every == 1 else {}
+        return SETTINGS | few | ({"TIMEOUT": 0.4} if self.fault == "hang" else {})
+
+    @property
+    def script(self) -> Script:
+        fault = Fault(self.fault if self.header is None else f"{self.fault}_retry", every=self.every)
+        latency_s = 0.02 if self.fault == "slow" else 0.0
+        return Script(rpm=0, latency_s=latency_s, refusal_s=0, retry_after=self.header or "", faults=(fault,))
+
+
+CASES = [
+    Case(fault, header, every)
+    for fault in FAULTS
+    if not fault.endswith("_retry")
+    for header in ((None, *WAITS, *GARBAGE, *TOO_LONG) if fault.startswith("status_") else (None,))
+    for every in (5, 1)
+]
+
+
+# ---- Running it ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run of the program, and the gateway that it ran against."""
+
+    done: Done
+    gateway: Gateway
+    tickets: dict[str, str]
+
+    @property
+    def failed(self) -> list[str]:
+        return re.findall(r"^ticket (\S+) failed: ", self.done.stderr, re.M)
+
+    @property
+    def end(self) -> str:
+        if self.done.status == -9:
+            return "runs on"
+        if "\nstopped: " in self.done.stderr:
+            return STOPS
+        return FAILS if self.failed else LABELLED
+
+    @property
+    def in_vain(self) -> list[dict]:
+        """The lines of the .bak: requests that were paid, or may have been, without bringing an answer."""
+        backup = self.done.output.with_name("labels.jsonl.bak")
+        lines = backup.read_bytes().splitlines() if backup.exists() else ()
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+def check(outcome: Outcome, unreadable: bool = False) -> None:
+    """What holds for every run, whatever went wrong; `unreadable`: so did answers that were billed."""
+    done, gateway, tickets = outcome.done, outcome.gateway, outcome.tickets
+    assert "Traceback" not in done.stderr, done.stderr
+    assert KEY not in done.stdout + done.stderr
+    texts = {text: id_ for id_, text in tickets.items()}
+    for line in done.lines:
+        reply = gateway.replies.get(tickets[line["id"]], "")
+        given = (reply, None) if reply in ("billing", "bug", "how-to", "feature-request", "other") else ("other", reply)
+        assert (line["label"], line.get("reply")) == given, "a label that the gateway did not give"
+    assert set(outcome.failed).isdisjoint(done.labels), "failed, and labelled all the same"
+    assert len(outcome.failed) == len(set(outcome.failed)), "failed twice"
+    lost = set() if unreadable else {texts[text] for text in gateway.replies} - set(done.labels)
+    assert not lost, f"answered, paid, and lost: {lost}"
+    assert unreadable or set(gateway.billed.values()) <= {1}, "billed twice"
+    assert gateway.billed.total() <= len(done.lines) + len(outcome.in_vain), "paid, but on no record"
+    missing = len(tickets) - len(done.labels)
+    assert done.stdout.startswith(f"Classified {len(done.labels)} tickets\n")
+    assert (f"\nNot labelled: {missing} tickets" in done.stdout) == (missing > 0)
+    assert done.status == (1 if missing else 0)
+
+
+async def run_case(case: Case, folder: Path, server: ForkServer) -> Outcome:
+    """One case of the matrix, from a fresh folder to its end."""
+    folder.mkdir()
+    desk = Desk(folder)
+    desk.edit(**case.settings)
+    desk.write(TICKETS)
+    async with Gateway(case.script) as gateway:
+        await server.start(desk, gateway.url, "--rpm", "0", "--concurrency", str(CONCURRENCY))
+        return Outcome(await server.finish(within_s=15), gateway, TICKETS)
+
+
+async def run_matrix(cases: Iterable[Case], folder: Path, at_once: int = 12) -> dict[Case, Outcome]:
+    """All cases, so many at once: most of their time is waiting."""
+    outcomes: dict[Case, Outcome] = {}
+    waiting = enumerate(cases)
+
+    async def work(server: ForkServer) -> None:
+        for number, case in waiting:
+            outcomes[case] = await run_case(case, folder / str(number), server)
+
+    async with AsyncExitStack() as stack:
+        servers = [await stack.enter_async_context(ForkServer()) for _ in range(at_once)]
+        await asyncio.gather(*map(work, servers))
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def matrix(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Outcome]:
+    """The outcome of every case that was selected."""
+    specs = [item.callspec for item in request.session.items if hasattr(item, "callspec")]
+    cases = [spec.params["case"] for spec in specs if isinstance(spec.params.get("case"), Case)]
+    return asyncio.run(run_matrix(cases, tmp_path_factory.mktemp("matrix")))
+
+
+# ---- What must hold ------------------------------------------------------------------------------------
+
+
+def test_the_table_names_every_fault() -> None:
+    assert set(EXPECTED) == {fault for fault in FAULTS if not fault.endswith("_retry")}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_fault_ends_as_the_table_says(case: Case, matrix: dict[Case, Outcome]) -> None:
+    outcome = matrix[case]
+    check(outcome, unreadable=case.fault in BILLED_IN_VAIN)
+    assert outcome.end in case.expected, outcome.done.stderr
+    done, gateway = outcome.done, outcome.gateway
+    assert gateway.faulted, "the fault never happened"
+    assert case.fault in NAMELESS or {TICKETS[id_] for id_ in done.labels} <= set(gateway.replies)
+    if outcome.end == LABELLED:
+        assert set(done.labels) == set(TICKETS)
+    if outcome.end == FAILS:
+        assert set(done.labels) | set(outcome.failed) == set(TICKETS), "neither labelled nor named on stderr"
+        # a request that is refused for good is sent once: each fault is one ticket
+        assert EXPECTED[case.fault][0] != FAILS or len(outcome.failed) == gateway.faulted
+    if case.every == 1 and EXPECTED[case.fault][1] != LABELLED:
+        assert not done.labels
+    if case.fault in AT_ONCE or case.expected == STOPS != EXPECTED[case.fault][1]:
+        assert gateway.requests <= case.every + CONCURRENCY, "went on after what must stop it"
+
+
+@pytest.mark.parametrize("fault", ["status_400", "status_503", "empty_200", "cut_before"])
+async def test_twenty_failures_in_a_row_stop_the_run(fault: str, desk: Desk) -> None:
+    desk.edit(**SETTINGS | {"MAX_RETRIES": 1})
+    desk.write(tickets := {f"t{n}": f"Ticket {n}" for n in range(60)})
+    async with Gateway(Script(rpm=0, latency_s=0, refusal_s=0, faults=(Fault(fault),))) as gateway:
+        outcome = Outcome(await desk.run(gateway, "--rpm", "0", "--concurrency", "4"), gateway, tickets)
+    check(outcome)
+    assert outcome.end == STOPS
+    assert 20 <= len(outcome.failed) < 20 + 4
+
+
+@pytest.mark.parametrize("fault", ["off_list", "null_content", "length"])
+async def test_twenty_first_replies_off_the_list_stop_the_run_and_are_no_labels(fault: str, desk: Desk) -> None:
+    desk.edit(**SETTINGS)
+    desk.write({f"t{n}": f"Ticket {n}" for n in range(60)})
+    async with Gateway(Script(rpm=0, latency_s=0, refusal_s=0, faults=(Fault(fault),))) as gateway:
+        done = await desk.run(gateway, "--rpm", "0", "--concurrency", "4")
+        outcome = Outcome(done, gateway, {})
+    assert (outcome.end, done.status, done.lines) == (STOPS, 1, [])
+    assert 20 <= gateway.billed.total() == len(outcome.in_vain) < 20 + 4
+
+
+async def test_a_port_that_refuses_for_a_while_costs_no_ticket(desk: Desk) -> None:
+    desk.edit(**SETTINGS | {"MAX_RETRIES": 25, "BACKOFF_S": 0.1, "BACKOFF_MAX_S": 0.3, "MAX_REFUSED_S": 30.0})
+    desk.write(TICKETS)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    gateway = Gateway(Script(rpm=0, latency_s=0), port)
+    process = await desk.start(None, "--rpm", "0", TOKENHUB_URL=f"http://127.0.0.1:{port}/v1")
+    await asyncio.sleep(1.5)
+    assert process.returncode is None
+    async with gateway:
+        outcome = Outcome(await desk.finish(process), gateway, TICKETS)
+    check(outcome)
+    assert outcome.end == LABELLED
+    assert not outcome.in_vain, "what was never sent costs nothing"
+
+
+@pytest.mark.parametrize("fault", ["status_503", "status_429_retry", "html_502", "cut_before", "hang"])
+async def test_an_outage_of_everything_for_a_while_costs_no_ticket(fault: str, desk: Desk) -> None:
+    quick = {"MAX_RETRIES": 25, "BACKOFF_S": 0.1, "BACKOFF_MAX_S": 0.3, "MAX_REFUSED_S": 30.0, "TIMEOUT": 0.5}
+    desk.edit(**SETTINGS | quick)
+    desk.write(TICKETS)
+    async with Gateway(Script(rpm=0, latency_s=0, refusal_s=0, faults=(Fault(fault, until_s=1.5),))) as gateway:
+        outcome = Outcome(await desk.run(gateway, "--rpm", "0"), gateway, TICKETS)
+    check(outcome)
+    assert gateway.faulted
+    assert outcome.end == LABELLED
+
+
+async def test_a_gateway_that_dies_and_comes_back_costs_no_ticket(desk: Desk) -> None:
+    desk.edit(**SETTINGS | {"MAX_RETRIES": 25, "BACKOFF_S": 0.1, "BACKOFF_MAX_S": 0.3, "MAX_REFUSED_S": 30.0})
+    desk.write(TICKETS)
+    async with Gateway(Script(rpm=0, latency_s=0.05)) as first:
+        process = await desk.start(first, "--rpm", "0", "--concurrency", "2")
+        while first.answered < 5:
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.5)
+    async with Gateway(Script(rpm=0, latency_s=0), first.port) as second:
+        done = await desk.finish(process)
+    assert done.status == 0
+    assert set(done.labels) == set(TICKETS)
+    assert sum((first.billed + second.billed).values()) <= len(TICKETS) + 2, "more was paid twice than was in flight"
+
+
+# ---- The matrix as a table -----------------------------------------------------------------------------
+
+
+def spread(numbers: Iterable[int]) -> str:
+    low, *_, high = sorted([*(numbers := list(numbers)), *numbers])
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def cells(outcomes: list[Outcome]) -> Iterator[str]:
+    """The end; labelled, failed and neither; and the texts that were billed twice."""
+    labelled = [len(outcome.done.labels) for outcome in outcomes]
+    failed = [len(outcome.failed) for outcome in outcomes]
+    neither = [len(TICKETS) - a - b for a, b in zip(labelled, failed, strict=True)]
+    yield " or ".join(sorted({outcome.end for outcome in outcomes}))
+    yield f"{spread(labelled)} / {spread(failed)} / {spread(neither)}"
+    yield spread(outcome.gateway.billed_twice() for outcome in outcomes)
+
+
+def family(case: Case) -> tuple[str, str]:
+    """Cases that stand in one row: the forms of a header that mean the same."""
+    headers = {None: "none", **dict.fromkeys(WAITS, "1 s"), **dict.fromkeys(GARBAGE, "garbage")}
+    return case.fault, headers.get(case.header, "too long") if case.fault.startswith("status_") else ""
+
+
+def markdown(outcomes: dict[Case, Outcome]) -> Iterator[str]:
+    """The matrix, the forms of Retry-After that mean the same in one row."""
+    yield f"{len(outcomes)} runs of {len(TICKETS)} tickets, {CONCURRENCY} in flight; l / f / n: labelled, failed, not sent"
+    yield ""
+    yield "| fault | Retry-After | once in five: ends | l / f / n | billed twice | for ever: ends | l / f / n | billed twice |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for name, group in groupby(CASES, key=family):
+        cases = list(group)
+        once = cells([outcomes[case] for case in cases if case.every == 5])
+        ever = cells([outcomes[case] for case in cases if case.every == 1])
+        yield f"| {' | '.join([*name, *once, *ever])} |"
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        print("\n".join(markdown(asyncio.run(run_matrix(CASES, Path(temporary))))))
