@@ -265,38 +265,107 @@ class RunStopped(Exception):
     """Nothing more can be sent until a person has done something, or waited; its text says what."""
 
 
+HEADROOM = 0.99  # of RPM: at its exact limit, a window refuses as soon as the network jitters
+START_PER_S = 10.0  # the first pace without RPM, and the fastest at which a gateway that refuses is tried again
+SLACK_S = 0.05  # lateness that is made up for, as timers are coarse; more would turn a stall into a burst
+HOLD_S, HOLD_GROWTH, HOLD_MAX_S = 0.8, 1.4, 5.0  # where there is no Retry-After; its floor once it proved too short
+DEEPEST_CUT, TRUST_S = 0.8, 7.0  # no deeper cut after less than so many seconds, whose average means little
+OUTAGE_CUT = 0.05  # and none deeper than this at all: an outage says nothing about the limit
+WASTE = 1.07  # the average counts the hold, of which a part was rounding up and waiting
+RETREAT = 0.97  # each cut goes at least this far below the pace that was refused
+RISE_S = (20.0, 8.0, 100.0)  # the pace has risen by what was refused after 8 cycles' time, at least 20 s, at most 100
+
+
 class Pacer:
-    """PLACEHOLDER"""
+    """Spaces requests evenly, all workers together, just under what the gateway lets through: RPM or less.
+
+    A refusal holds everybody until Retry-After (RFC 9110, 10.2.3), or for a while of its own; a burst of them is one
+    cut. The first success after it sets the pace to what got through on average since the last such success, hold
+    included: the very limit of a window, and near that of a token bucket. Then success raises it along a cubic (CUBIC,
+    RFC 9438) while it is what holds the requests back (RFC 7661). Without RPM, it doubles each round trip until the
+    first refusal (slow start, RFC 5681).
+    """
 
     def __init__(self, rpm: float) -> None:
-        self.pace = rpm / 60 * 0.99 or math.inf
+        self.most = HEADROOM * rpm / 60 if rpm else math.inf
+        self.pace = self.most if rpm else START_PER_S  # requests a second
         self.refusals = 0
-        self.found = None
         self.stopped: str | None = None  # why no request may start any more
         self._stopping = asyncio.Event()
-        self._next = 0.0
-        self._lock = asyncio.Lock()
-        self.last_accepted = asyncio.get_running_loop().time()
+        self._line = asyncio.Lock()  # first come, first served; only its holder sleeps, so nobody wakes the others
+        self._next = -math.inf  # when the next request may start
+        self._limits = False  # whether the pace is what holds the requests back
+        self._cut_at = -math.inf  # what started before the last cut is no news
+        self._refused_pace = 0.0  # while the gateway refuses: the pace that it refused first, and since when
+        self._refused_since = 0.0
+        self._hold_s = HOLD_S
+        self._cycle_at: float | None = None  # when the first answer after the last hold came,
+        self._answers = 0  # and how many have since
+        self._base = 0.0  # the pace then; 0: nothing was refused yet
+        self._climb = self._risen_s = 0.0  # what it rises by in RISE_S, and the seconds of success so far
+        self._rise_s = RISE_S[0]
 
     async def turn(self) -> float:
         """Waits for the start of the next request and returns its time; raises RunStopped once the run is ending."""
-        now = asyncio.get_running_loop().time
-        async with self._lock:
-            while (delay := self._next - now()) > 0:
-                await self.sleep(delay)
-            if self.stopped:
-                raise RunStopped(self.stopped)
-            self._next = max(self._next, now() - 0.02) + 1 / self.pace
-            return now()
-
-    def accepted(self, started: float) -> None:
-        self.last_accepted = asyncio.get_running_loop().time()
+        clock = asyncio.get_running_loop().time
+        async with self._line:
+            self._limits = False
+            while (delay_s := self._next - clock()) > 0:  # again: a refusal may have moved it meanwhile
+                self._limits = True
+                await self.sleep(delay_s)
+            self.check()
+            now = clock()
+            self._next = max(self._next, now - SLACK_S) + 1 / self.pace
+            return now
 
     def refused(self, started: float, retry_after_s: float | None) -> None:
+        """Heeds a 429, a Retry-After or a time-out; raises RunStopped where waiting has no point any more."""
+        now = asyncio.get_running_loop().time()
         self.refusals += 1
-        self.hold(retry_after_s or 1.0)
+        # a busy server goes on working on what timed out, so half of that time is left to it
+        hold_s = max(self._hold_s, (now - started) / 2) if retry_after_s is None else retry_after_s
+        if started > self._cut_at:
+            if not self._refused_pace:
+                self._refused_pace, self._refused_since = self.pace, now
+            else:  # it was too early
+                self._hold_s = min(self._hold_s * HOLD_GROWTH, HOLD_MAX_S)
+                hold_s = max(hold_s, self._hold_s)
+            self._cut_at, self.pace = now, min(DEEPEST_CUT * self.pace, START_PER_S)
+        self.hold(hold_s)
+        if hold_s > MAX_HOLD_S:
+            raise RunStopped(f"the gateway asks to wait for {hold_s:.0f} s; run again after that")
+        if self._refused_pace and now - self._refused_since > MAX_REFUSED_S:
+            raise RunStopped(f"the gateway has only refused for {MAX_REFUSED_S:.0f} s; run again later")
+
+    def accepted(self, started: float) -> None:
+        """Counts a request that was let in, and raises the pace."""
+        now = asyncio.get_running_loop().time()
+        if self._cycle_at is None:
+            self._cycle_at = now
+        if self._refused_pace:
+            if started > self._cut_at:
+                self._begin_cycle(now)
+        elif self._limits and self.pace < self.most:
+            self._risen_s += 1 / self.pace
+            if self._base:
+                self.pace = self._base + self._climb * (self._risen_s / self._rise_s) ** 3
+            else:
+                self.pace += 1 / max(now - started, 0.001)
+            self.pace = min(self.pace, self.most)
+        self._answers += 1
+
+    def _begin_cycle(self, now: float) -> None:
+        """Sets the pace by what the last cycle, which the hold has ended, let through."""
+        cycle_s = now - self._cycle_at
+        average = WASTE * self._answers / cycle_s if cycle_s else 0.0
+        floor = (DEEPEST_CUT if cycle_s < TRUST_S else OUTAGE_CUT) * self._refused_pace
+        self._base = self.pace = min(max(average, floor), RETREAT * self._refused_pace)
+        least_s, cycles, most_s = RISE_S
+        self._climb, self._rise_s, self._risen_s = self._refused_pace, min(max(least_s, cycles * cycle_s), most_s), 0.0
+        self._refused_pace, self._hold_s, self._cycle_at, self._answers = 0.0, HOLD_S, now, 0
 
     def hold(self, delay_s: float) -> None:
+        """Lets nobody start for so long."""
         self._next = max(self._next, asyncio.get_running_loop().time() + delay_s)
 
     async def sleep(self, delay_s: float) -> None:
@@ -304,6 +373,9 @@ class Pacer:
         with suppress(TimeoutError):
             async with asyncio.timeout(delay_s):
                 await self._stopping.wait()
+        self.check()
+
+    def check(self) -> None:
         if self.stopped:
             raise RunStopped(self.stopped)
 
@@ -932,7 +1004,7 @@ async def show_progress(this: Run, bar: tqdm) -> None:
     while True:
         await asyncio.sleep(1.0 if sys.stderr.isatty() else 30.0)
         notes = [f"${this.gateway.spent_usd:.4f}", f"{this.failed} failed"]
-        if pacer.found:
+        if pacer.refusals and pacer.pace < pacer.most:
             notes.append(f"holding {pacer.pace:.1f}/s: the gateway refused more")
         bar.set_postfix_str(", ".join(notes), refresh=False)
         bar.refresh() if sys.stderr.isatty() else say(str(bar))
