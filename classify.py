@@ -88,6 +88,7 @@ MAX_HOLD_S = 600.0  # a gateway that asks for a longer wait ends the run
 MAX_REFUSED_S = 300.0  # so does one that has only refused for this long
 MAX_IN_A_ROW = 20  # and so many failed tickets in a row, or first replies that name no label
 MAX_RESPONSE_BYTES = 1 << 20
+LOG_EVERY_S = 30.0  # a line of progress, where stderr is not a terminal
 MAX_REPLY = 200  # characters of one are looked at, and kept
 
 # ------------------------------------------------------------------------------------- what is shown of others
@@ -156,35 +157,36 @@ def load_tickets(path: Path) -> Iterator[Ticket]:
     lines = utf8_lines(path)
     header = next(lines, "")
     csv.field_size_limit(2**31 - 1)  # the default refuses bodies above 128 kB
-    delimiter = max(",;\t", key=header.count)
-    rows = csv.DictReader(itertools.chain([header], lines), restkey="", delimiter=delimiter, strict=True)
+    rows = csv.reader(itertools.chain([header], lines), delimiter=max(",;\t", key=header.count), strict=True)
     line = 1
     try:
-        rows.fieldnames = [name.strip().casefold() for name in rows.fieldnames or ()]
-        if not {"id", "body"} <= set(rows.fieldnames):
+        columns = [name.strip().casefold() for name in next(rows, ())]
+        if not {"id", "body"} <= set(columns):
             raise InputError(f"{path}:1: needs the columns id and body, has {excerpt(header) or 'none'}")
         line = rows.line_num + 1
         for row in rows:
-            yield parse_row(row, f"{path}:{line}")
+            if row:
+                yield parse_row(columns, row, f"{path}:{line}")
             line = rows.line_num + 1
     except csv.Error as error:
         raise InputError(f"{path}:{line}: not valid CSV in the row that begins here: {error}") from None
 
 
-def parse_row(row: dict, place: str) -> Ticket:
+def parse_row(columns: list[str], row: list[str], place: str) -> Ticket:
     """One row as a Ticket; raises InputError where it does not say clearly which ticket it is."""
-    if any(row.get("", ())):
+    if any(row[len(columns) :]):
         raise InputError(f"{place}: more fields than columns; text with commas or line ends in it needs quotes")
-    if row["body"] is None or not row["id"].strip():
+    cells = dict(zip(columns, row, strict=False))
+    if "body" not in cells or not cells.get("id", "").strip():
         raise InputError(f"{place}: a ticket needs an id and a body")
-    gold = (row.get("label") or "").strip() or None
+    gold = cells.get("label", "").strip() or None
     if gold is not None and gold not in LABELS:
         raise InputError(f"{place}: the label {excerpt(gold)!r} is not one of {', '.join(LABELS)}")
-    return Ticket(row["id"], row["body"], gold, place)
+    return Ticket(cells["id"], cells["body"], gold, place)
 
 
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]+")
-KANA = re.compile("[\u3041-\u30ff]")
+KANA = re.compile("[\u3041-\u3096\u30a1-\u30fa\uff66-\uff9f]")
 
 
 def contains_chinese(text: str) -> bool:
@@ -448,7 +450,7 @@ class MayPass(CallFailed):
 
     retry_after_s: float | None = None
     congestion: bool = False  # the gateway has too much to do: a 429, a Retry-After, a time-out
-    refused: bool = False  # 429: it was not even let in, and does not count as a try
+    refused: bool = False  # it was not even looked at, such as a 429, and does not count as a try
 
 
 QUOTA_CODES = {"insufficient_balance", "insufficient_quota", "insufficient_user_quota", "billing_hard_limit_reached"}
@@ -579,7 +581,6 @@ class Gateway:
         self.at_stake_usd = 0.0  # what the requests in flight may cost at most
         self.logprobs = LOGPROBS  # until the gateway shows that it has none
         self.first_401_at = math.inf
-        self.key_works = False
 
     async def ask(self, model: str, text: str, waste: Callable[[Usage, str], None]) -> Answer:
         """The answer to one ticket, however many requests that takes; raises TicketFailed or RunStopped.
@@ -596,7 +597,6 @@ class Gateway:
                 started = await self.pacer.turn()
                 answer = await self.post(model, text)
                 self.pacer.accepted(started)
-                self.key_works = True
                 return answer
             except CallFailed as failed:
                 if failed.usage:
@@ -616,7 +616,7 @@ class Gateway:
         now = asyncio.get_running_loop().time()
         if isinstance(failed, WrongKey):
             self.first_401_at = min(self.first_401_at, now)
-            if self.key_works or now - self.first_401_at > KEY_GRACE_S:
+            if now - self.first_401_at > KEY_GRACE_S:
                 raise RunStopped(failed.message)
             self.pacer.hold(1.0)
         elif isinstance(failed, MayPass) and failed.congestion:
@@ -624,16 +624,18 @@ class Gateway:
         else:
             self.pacer.accepted(started)
             if isinstance(failed, TicketFailed):
-                if not self.logprobs or "logprobs" not in failed.message:
-                    raise failed
-                self.do_without_logprobs()
+                raise failed
 
     async def post(self, model: str, text: str) -> Answer:
         """One request; raises RunStopped, TicketFailed or MayPass."""
         secrets = (self.job.key, text)
-        request = request_body(model, text, self.logprobs)
+        asked_logprobs = self.logprobs
+        request = request_body(model, text, asked_logprobs)
         try:
-            async with self.session.post(self.job.url, json=request, allow_redirects=False) as response:
+            # not a header of the session, which aiohttp would send to a proxy as well
+            headers = {"Authorization": f"Bearer {self.job.key}"}
+            post = self.session.post(self.job.url, json=request, headers=headers, allow_redirects=False)
+            async with post as response:
                 data = parse_json(await read_body(response))
         except TimeoutError:
             raise MayPass(f"no answer within {TIMEOUT} s", most_usage(text), congestion=True) from None
@@ -642,9 +644,13 @@ class Gateway:
         except (aiohttp.ClientError, OSError) as error:
             raise MayPass(excerpt(f"connection lost: {error}", *secrets), most_usage(text)) from None
         if response.status >= 300 or error_of(data) != ("", ""):
-            raise failure(response.status, response.headers, data, secrets)
+            failed = failure(response.status, response.headers, data, secrets)
+            if asked_logprobs and isinstance(failed, TicketFailed) and "logprobs" in failed.message:
+                self.do_without_logprobs()
+                failed = MayPass(failed.message, refused=True)
+            raise failed
         answer = parse_answer(data, text)
-        if self.logprobs and answer.reply and not answer.tokens:
+        if asked_logprobs and answer.reply and not answer.tokens:
             self.do_without_logprobs()
         return answer
 
@@ -783,8 +789,8 @@ class Journal:
         if not self.path.is_file():
             raise InputError(f"{self.path}: not a regular file")
         self.index.commit()  # nothing can be attached in a transaction
-        self.index.execute("ATTACH ? AS lock", (f"{self.path}.lock",))
         try:
+            self.index.execute("ATTACH ? AS lock", (f"{self.path}.lock",))
             self.index.execute("BEGIN EXCLUSIVE")  # until this process ends, however it does
         except sqlite3.OperationalError:
             raise InputError(f"{self.path}: another run is at work on it") from None
@@ -855,6 +861,7 @@ class Journal:
                 self.gap = b""
             self.note("labels" if result.label else "wasted", result)
         except (OSError, sqlite3.Error) as error:
+            self.file.truncate(self.end)  # half a line
             raise RunStopped(f"cannot write {self.path}: {error}; make room, and run again") from None
 
     def close(self) -> None:
@@ -897,8 +904,10 @@ class Run:
         if result.label is None:
             return
         self.labelled += 1
+        if result.copy_of or not result.model:
+            return  # which says nothing about the gateway
         self.failed_in_a_row = 0
-        if self.unproven is not None and result.model and not result.copy_of:
+        if self.unproven is not None:
             self.unproven = [*self.unproven, result.id] if result.off_list else None
             if self.unproven and len(self.unproven) == MAX_IN_A_ROW:
                 raise RunStopped(
@@ -1002,7 +1011,7 @@ async def show_progress(this: Run, bar: tqdm) -> None:
     """Redraws the bar each second; in a log file, writes a line each half minute."""
     pacer = this.gateway.pacer
     while True:
-        await asyncio.sleep(1.0 if sys.stderr.isatty() else 30.0)
+        await asyncio.sleep(1.0 if sys.stderr.isatty() else LOG_EVERY_S)
         notes = [f"${this.gateway.spent_usd:.4f}", f"{this.failed} failed"]
         if pacer.refusals and pacer.pace < pacer.most:
             notes.append(f"holding {pacer.pace:.1f}/s: the gateway refused more")
@@ -1020,7 +1029,6 @@ async def run(job: Job, journal: Journal) -> Run:
         # idle connections are dropped before the 5 s after which servers do it, at the worst moment
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4),
         timeout=aiohttp.ClientTimeout(total=TIMEOUT),
-        headers={"Authorization": f"Bearer {job.key}"},
         cookie_jar=aiohttp.DummyCookieJar(),
         proxy=proxy_for(job.url),
     ) as session:
@@ -1179,7 +1187,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def checked_job(options: argparse.Namespace) -> Job:
     """What the options, the settings and the environment ask for; raises InputError where that makes no sense."""
-    url = URL(os.environ.get("TOKENHUB_URL") or TOKENHUB_URL)
+    address = os.environ.get("TOKENHUB_URL") or TOKENHUB_URL
+    url = URL()
+    with suppress(ValueError):
+        url = URL(address)
     key = os.environ.get("TOKENHUB_KEY", "").strip()
     model, chinese_model = (options.model, None) if options.model else (MODEL, CHINESE_MODEL)
     private = url.scheme == "https" or (url.scheme == "http" and is_loopback(url))
@@ -1187,11 +1198,17 @@ def checked_job(options: argparse.Namespace) -> Job:
     for wrong, why in (
         (not (key or options.dry_run), "set TOKENHUB_KEY to your key; any word will do for a server that needs none"),
         (not re.fullmatch("[!-~]*", key), "TOKENHUB_KEY has characters that no key has; copy it again"),
-        (not (url.host and private), f"TOKENHUB_URL must be https://..., or http:// on this machine, not {url}"),
+        (
+            not (url.host and private) or url.user,
+            f"TOKENHUB_URL must be https://..., or http:// on this machine, not {address}",
+        ),
         (options.budget and unpriced, f"PRICES lacks {', '.join(unpriced)}; add its price, or use --budget 0"),
         (FALLBACK not in LABELS, f"FALLBACK must be one of LABELS, not {FALLBACK!r}"),
         (any(normalize_label(label) != label for label in LABELS), "two of LABELS differ by case or hyphens only"),
-        (options.concurrency < 1 or (options.limit or 1) < 1, "--concurrency and --limit must be at least 1"),
+        (
+            options.concurrency < 1 or (options.limit is not None and options.limit < 1),
+            "--concurrency and --limit must be at least 1",
+        ),
         (not (0 <= options.rpm < math.inf and 0 <= options.budget < math.inf), "--rpm and --budget cannot be negative"),
     ):
         if wrong:
@@ -1216,8 +1233,8 @@ def label(job: Job) -> int:
     journal.retire("SELECT line FROM stale")
     this = asyncio.run(run(job, journal))
     if len(this.unproven or []) >= MAX_IN_A_ROW:  # what not one reply supports is no label
-        places = ", ".join("?" * len(this.unproven))
-        journal.retire(f"SELECT line FROM labels WHERE id IN ({places})", *this.unproven)
+        unproven = "SELECT line FROM labels WHERE ifnull(copy_of, id) IN (SELECT value FROM json_each(?))"
+        journal.retire(unproven, json.dumps(this.unproven))
     journal.close()
     if why := this.gateway.pacer.stopped:
         say(f"stopped: {why}")

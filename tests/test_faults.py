@@ -7,12 +7,14 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import AsyncExitStack
+from copy import copy
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -21,14 +23,16 @@ import pytest
 
 from tests.conftest import KEY, PROGRAM, Desk, Done
 from tests.gateway import ERRORS, FAULTS, Fault, Gateway, Script
+from tests.helpers import until
 
 # ---- Starting the program hundreds of times ------------------------------------------------------------
 
 # Start-up is 0.35 s, nearly all of it imports. So they are done once, and each start is a fork that executes the
 # desk's own classify.py as __main__, with its own folder, arguments, environment, stdout and stderr.
 FORK_SERVER = """
-import json, os, resource, runpy, signal, sys, traceback, types
+import gc, json, os, resource, runpy, signal, sys, traceback, types
 runpy.run_path(sys.argv[1])
+gc.freeze()
 codes = {}
 for line in iter(sys.stdin.readline, ""):
     job = json.loads(line)
@@ -65,11 +69,9 @@ class ForkServer:
     """Runs the program of a desk in a fork, one at a time."""
 
     async def __aenter__(self) -> "ForkServer":
-        clean = {
-            k: v for k, v in os.environ.items() if not k.upper().endswith("_PROXY") and not k.startswith("TOKENHUB")
-        }
+        ours = {name for name in os.environ if name.upper().endswith("_PROXY") or name.startswith("TOKENHUB")}
         self.server = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", FORK_SERVER, str(PROGRAM), env=clean,
+            sys.executable, "-c", FORK_SERVER, str(PROGRAM), env={k: v for k, v in os.environ.items() if k not in ours},
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
         )  # fmt: skip
         return self
@@ -80,13 +82,8 @@ class ForkServer:
 
     async def start(self, desk: Desk, url: str, *arguments: str, die_at_byte: int | None = None) -> int:
         """Starts the program, which a file that grows to `die_at_byte` kills in the middle of its write; the pid."""
-        environment = {"TOKENHUB_URL": url, "TOKENHUB_KEY": KEY}
-        job = {
-            "folder": str(desk.folder),
-            "arguments": arguments,
-            "environment": environment,
-            "die_at_byte": die_at_byte,
-        }
+        job = {"folder": str(desk.folder), "arguments": arguments, "die_at_byte": die_at_byte}
+        job["environment"] = {"TOKENHUB_URL": url, "TOKENHUB_KEY": KEY}
         self.server.stdin.write(json.dumps(job).encode() + b"\n")
         self.desk, self.pid = desk, int(await self.server.stdout.readline())
         return self.pid
@@ -122,34 +119,21 @@ EXPECTED = {  # fault: what must happen when it hits one request in five, and wh
     **dict.fromkeys(("null_content", "length", "off_list"), (LABELLED, LABELLED)),
     "hang": (LABELLED, FAILS + STOPS),  # time-outs alone are nothing but refusals, in the end
 }
-AT_ONCE = {
-    "status_402",
-    "status_403",
-    "status_404",
-    "status_405",
-    "quota_429",
-    "quota_error_200",
-    "redirect",
-    "redirect_307",
-}
+AT_ONCE = {fault for fault, ends in EXPECTED.items() if ends == (STOPS, STOPS)} - {"status_401"}  # which has its grace
 BILLED_IN_VAIN = {"big_200", "no_choices", "truncated_json", "truncated", "cut_inside"}  # the answer cannot be read
 NAMELESS = {"null_content", "length"}  # an empty reply, which is off the list
 
 # A wait, garbage, and a wait that nobody sits out. "" stands for the empty header, None for no header.
 WAITS = ("seconds", "float", "ms", "date")
-GARBAGE = ("soon", "-5", "nan", "1e999", "", "1,5", "\u0665")
-TOO_LONG = ("99999", "Fri, 31 Dec 9999 23:59:59 GMT", "1e300")
+GARBAGE = ("soon", "-5", "nan", "1e999", "")
+TOO_LONG = ("99999", "Fri, 31 Dec 9999 23:59:59 GMT")
 
-TICKETS = {
-    f"t{n}": f"Hello, {about}. See number {n}, thanks!"
-    for n, about in enumerate(
-        3 * ["my invoice is wrong", "the app has a bug", "how do I log in", "please add dark mode", "well"]
-    )
-}
+ABOUT = ("my invoice is wrong", "the app has a bug", "how do I log in", "please add dark mode", "well")
+TICKETS = {f"t{n}": f"Hello, {about}. See number {n}, thanks!" for n, about in enumerate(3 * ABOUT)}
 CONCURRENCY = 8
 SETTINGS = {
     "TIMEOUT": 8, "MAX_RETRIES": 6, "MAX_IN_A_ROW": 20, "BACKOFF_S": 0.02, "BACKOFF_MAX_S": 0.1,
-    "KEY_GRACE_S": 0.3, "MAX_HOLD_S": 60.0, "MAX_REFUSED_S": 1.5,
+    "KEY_GRACE_S": 0.3, "MAX_HOLD_S": 60.0, "MAX_REFUSED_S": 4.0,
 }  # fmt: skip
 
 
@@ -179,7 +163,7 @@ class Case:
     @property
     def settings(self) -> dict[str, object]:
         """The settings, with fewer retries where they would only take time."""
-        few = {"MAX_RETRIES": 2} if self.every == 1 else {}
+        few = {"MAX_RETRIES": 2, "MAX_REFUSED_S": 1.5} if self.every == 1 else {}
         return SETTINGS | few | ({"TIMEOUT": 0.4} if self.fault == "hang" else {})
 
     @property
@@ -251,12 +235,23 @@ def check(outcome: Outcome, unreadable: bool = False) -> None:
     assert done.status == (1 if missing else 0)
 
 
-async def run_case(case: Case, folder: Path, server: ForkServer) -> Outcome:
-    """One case of the matrix, from a fresh folder to its end."""
-    folder.mkdir()
-    desk = Desk(folder)
-    desk.edit(**case.settings)
-    desk.write(TICKETS)
+def desks_for(cases: Iterable[Case], folder: Path) -> Iterator[tuple[Case, Desk]]:
+    """Each case with its own desk, copied from one with the same settings: editing takes longer than a run."""
+    models: dict[str, Desk] = {}
+    for number, case in enumerate(cases):
+        if (settings := repr(case.settings)) not in models:
+            models[settings] = model = Desk(Path(tempfile.mkdtemp(dir=folder)))
+            model.edit(**case.settings)
+            model.write(TICKETS)
+        desk = copy(models[settings])
+        desk.folder = folder / str(number)
+        desk.output, desk.tickets = desk.folder / "labels.jsonl", desk.folder / "tickets.csv"
+        shutil.copytree(models[settings].folder, desk.folder)
+        yield case, desk
+
+
+async def run_case(case: Case, desk: Desk, server: ForkServer) -> Outcome:
+    """One case of the matrix, to its end."""
     async with Gateway(case.script) as gateway:
         await server.start(desk, gateway.url, "--rpm", "0", "--concurrency", str(CONCURRENCY))
         return Outcome(await server.finish(within_s=15), gateway, TICKETS)
@@ -265,11 +260,11 @@ async def run_case(case: Case, folder: Path, server: ForkServer) -> Outcome:
 async def run_matrix(cases: Iterable[Case], folder: Path, at_once: int = 12) -> dict[Case, Outcome]:
     """All cases, so many at once: most of their time is waiting."""
     outcomes: dict[Case, Outcome] = {}
-    waiting = enumerate(cases)
+    waiting = desks_for(cases, folder)
 
     async def work(server: ForkServer) -> None:
-        for number, case in waiting:
-            outcomes[case] = await run_case(case, folder / str(number), server)
+        for case, desk in waiting:
+            outcomes[case] = await run_case(case, desk, server)
 
     async with AsyncExitStack() as stack:
         servers = [await stack.enter_async_context(ForkServer()) for _ in range(at_once)]
@@ -368,8 +363,7 @@ async def test_a_gateway_that_dies_and_comes_back_costs_no_ticket(desk: Desk) ->
     desk.write(TICKETS)
     async with Gateway(Script(rpm=0, latency_s=0.05)) as first:
         process = await desk.start(first, "--rpm", "0", "--concurrency", "2")
-        while first.answered < 5:
-            await asyncio.sleep(0.01)
+        await until(lambda: first.answered >= 5)
     await asyncio.sleep(0.5)
     async with Gateway(Script(rpm=0, latency_s=0), first.port) as second:
         done = await desk.finish(process)
@@ -392,7 +386,7 @@ def cells(outcomes: list[Outcome]) -> Iterator[str]:
     failed = [len(outcome.failed) for outcome in outcomes]
     neither = [len(TICKETS) - a - b for a, b in zip(labelled, failed, strict=True)]
     yield " or ".join(sorted({outcome.end for outcome in outcomes}))
-    yield f"{spread(labelled)} / {spread(failed)} / {spread(neither)}"
+    yield "/".join(map(spread, (labelled, failed, neither)))
     yield spread(outcome.gateway.billed_twice() for outcome in outcomes)
 
 
@@ -404,9 +398,9 @@ def family(case: Case) -> tuple[str, str]:
 
 def markdown(outcomes: dict[Case, Outcome]) -> Iterator[str]:
     """The matrix, the forms of Retry-After that mean the same in one row."""
-    yield f"{len(outcomes)} runs of {len(TICKETS)} tickets, {CONCURRENCY} in flight; l / f / n: labelled, failed, not sent"
+    yield f"{len(outcomes)} runs of {len(TICKETS)} tickets, {CONCURRENCY} in flight; l/f/n: labelled, failed, not sent"
     yield ""
-    yield "| fault | Retry-After | once in five: ends | l / f / n | billed twice | for ever: ends | l / f / n | billed twice |"
+    yield "| fault | Retry-After | once in five | l/f/n | billed twice | for ever | l/f/n | billed twice |"
     yield "|---|---|---|---|---|---|---|---|"
     for name, group in groupby(CASES, key=family):
         cases = list(group)

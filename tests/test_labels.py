@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from classify import LABELS, Ticket, contains_chinese, normalize_label, pick_model
+from classify import LABELS, contains_chinese, load_tickets, normalize_label, pick_model
 
 LABEL = st.sampled_from(list(LABELS))
 
@@ -66,7 +66,7 @@ BLANKS = [
 ]
 NAMES = [lambda text, name=name: name + text for name in ("Label: ", "label:", "Category = ", "Answer - ", "标签：")]
 JSONS = [
-    lambda text: json.dumps({"label": text}),
+    lambda text: json.dumps({"label": text}, ensure_ascii=False),
     lambda text: json.dumps({"category": text}, ensure_ascii=False, separators=(",", ":")),
 ]
 
@@ -156,5 +156,7 @@ def test_no_text_is_chinese_without_a_character_of_the_han_script(text):
         ("請求書を", "qwen", "deepseek"),
     ],
 )
-def test_chinese_tickets_go_to_the_chinese_model_where_there_is_one(body, chinese_model, model):
-    assert pick_model(Ticket("t1", body, None, 2), "deepseek", chinese_model) == model
+def test_chinese_tickets_go_to_the_chinese_model_where_there_is_one(tmp_path, body, chinese_model, model):
+    (tmp_path / "tickets.csv").write_text(f"id,body\nt1,{body}\n", encoding="utf-8")
+    [ticket] = load_tickets(tmp_path / "tickets.csv")
+    assert pick_model(ticket, "deepseek", chinese_model) == model

@@ -41,6 +41,7 @@ def read(folder: Path, content: bytes) -> list[tuple[str, str]]:
         ("id,body\n\na,Hello\n\n\n", [("a", "Hello")]),
         ("id,body\na,\n", [("a", "")]),
         ("id,body,note\na,Hello\n", [("a", "Hello")]),
+        ("id,body,\na,Hello,x\n", [("a", "Hello")]),
         ("id,body\na,Hello,,\n", [("a", "Hello")]),
         ("id,body\n1,发票 🙂\n", [("1", "发票 🙂")]),
         ("id,body\n", []),
@@ -48,7 +49,8 @@ def read(folder: Path, content: bytes) -> list[tuple[str, str]]:
     ids=[
         "plain", "no newline at the end", "BOM", "BOM and quotes", "CRLF", "line ends in quotes", "doubled quotes",
         "semicolons as Excel", "tabs as Excel", "semicolons as LibreOffice", "more columns", "order and case",
-        "blank lines", "empty body", "short row", "trailing commas", "any script", "header alone",
+        "blank lines", "empty body", "short row", "column without a name", "trailing commas", "any script",
+        "header alone",
     ],
 )  # fmt: skip
 def test_tickets_are_read_as_spreadsheets_write_them(tmp_path, content, tickets):
@@ -63,11 +65,6 @@ def test_a_body_of_megabytes_is_read_whole(tmp_path):
 def test_a_gold_label_is_read_where_there_is_one(tmp_path):
     (tmp_path / "t.csv").write_text("id,body,label\na,x,bug\nb,y,\n")
     assert [ticket.gold for ticket in load_tickets(tmp_path / "t.csv")] == ["bug", None]
-
-
-def test_a_ticket_knows_its_line(tmp_path):
-    (tmp_path / "t.csv").write_text('id,body\na,"one\ntwo"\n\nb,y\n')
-    assert [ticket.line for ticket in load_tickets(tmp_path / "t.csv")] == [2, 5]
 
 
 def test_the_first_ticket_of_a_huge_file_comes_without_reading_the_rest(tmp_path):
@@ -117,6 +114,8 @@ ROWS = st.lists(st.tuples(TEXT.filter(str.strip), TEXT | AWKWARD), max_size=5, u
 @example([("a", "one\rtwo"), ("\ufeff", "\ufeff")], csv.excel, csv.QUOTE_MINIMAL, "utf-8")
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_what_pythons_csv_writer_wrote_is_read_back(tmp_path, rows, dialect, quoting, encoding):
+    if dialect is csv.unix_dialect:
+        quoting = csv.QUOTE_ALL  # its own; without, Python before 3.13 writes a lone \r as the end of a row
     text = io.StringIO(newline="")
     csv.writer(text, dialect, quoting=quoting).writerows([("id", "body"), *rows])
     assert read(tmp_path, text.getvalue().encode(encoding)) == rows
@@ -126,15 +125,17 @@ WRONG = {
     "no body column": (b"id,text\na,Hello\n", 1, "body"),
     "no id column": (b"number,body\na,Hello\n", 1, "id"),
     "an empty file": (b"", 1, "body"),
-    "the same id twice": (b"id,body\na,one\nb,two\na,three\n", 4, "'a'.*line 2"),
+    "the same id twice": (b"id,body\na,one\nb,two\na,three\n", 4, "'a'.*[ :]2\\b"),
     "not UTF-8": ("id,body\na,one\nb,Stra\xdfe\n".encode("latin-1"), 3, "UTF-8"),
     "not UTF-8, after a ticket of several lines": (b'id,body\na,"one\ntwo\nthree"\nb,\xff\n', 5, "UTF-8"),
     "not UTF-8, within a ticket of several lines": (b'id,body\na,"one\ntwo\xff\nthree"\n', 3, "UTF-8"),
     "UTF-16, Excel's Unicode text": ("id\tbody\na\tHello\n".encode("utf-16"), 1, "UTF-8"),
+    "not UTF-8, after blank lines": (b"id,body\n\n\na,\xff\n", 4, "UTF-8"),
+    "an empty id, after blank lines and ones in quotes": (b'id,body\n\na,"\n\n"\n\n,two\n', 7, "id"),
     "an empty id": (b"id,body\na,one\n,two\n", 3, "id"),
     "a blank id": (b"id,body\na,one\n  ,two\n", 3, "id"),
     "no body in a row": (b"id,body\na,one\nb\n", 3, "body"),
-    "too many fields": (b"id,body\na,Hello, world\n", 2, "3 fields"),
+    "too many fields": (b"id,body\na,Hello, world\n", 2, "fields"),
     "a quote that never closes": (b'id,body\na,one\nb,"two\nc,three\n', 3, "CSV"),
     "text after a quote": (b'id,body\na,one\nb,"two" three\n', 3, "CSV"),
     "a gold label that is none": (b"id,body,label\na,one,bug\nb,two,Bugs\n", 3, "Bugs.*billing"),

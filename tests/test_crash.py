@@ -1,0 +1,260 @@
+"""Killed at any moment, or interrupted: no line is torn, doubled or lost, and only what was in flight is paid twice."""
+
+import asyncio
+import json
+import os
+import random
+import signal
+from collections import Counter
+
+import pytest
+
+from tests.conftest import Desk, Done, numbered
+from tests.gateway import Fault, Gateway, Script
+from tests.helpers import until
+from tests.test_faults import SETTINGS, ForkServer
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are Unix's")
+
+KILLS = 50
+CONCURRENCY = 8
+
+
+def whole_lines(desk: Desk, name: str = "labels.jsonl") -> list[dict]:
+    """The lines that were written to their end; a torn one may only be the last, or stand in the .bak."""
+    path = desk.folder / name
+    content = path.read_bytes() if path.exists() else b""
+    lines = []
+    for line in content.splitlines(keepends=True):
+        if line.strip() and line.endswith(b"\n"):
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                assert name.endswith(".bak"), f"a torn line in the middle: {line}"
+    return lines
+
+
+def idle(gateway: Gateway) -> bool:
+    return gateway.in_flight == 0
+
+
+def check_complete(done: Done, tickets: dict[str, str]) -> None:
+    """After the last run the file is as if nothing had happened."""
+    assert done.status == 0, done.stderr
+    assert set(done.labels) == set(tickets)  # which fails on a doubled line, and on a torn one
+    assert set(done.labels.values()) == {"billing"}
+    assert done.stdout.startswith(f"Classified {len(tickets)} tickets\n")
+
+
+# ---- kill -9 -------------------------------------------------------------------------------------------
+
+
+async def test_fifty_kills_at_random_moments_lose_nothing_and_pay_twice_only_what_was_in_flight(desk: Desk) -> None:
+    moments = random.Random(4)
+    tickets = numbered(600)
+    desk.edit(**SETTINGS)
+    desk.write(tickets)
+    kills = 0
+    billed_before: Counter[str] = Counter()
+    async with Gateway(Script(rpm=0, latency_s=0.03, jitter=0.5)) as gateway, ForkServer() as server:
+        arguments = ("--rpm", "0", "--concurrency", str(CONCURRENCY))
+        while kills < KILLS:
+            before = {line["id"] for line in whole_lines(desk)}
+            pid = await server.start(desk, gateway.url, *arguments)
+            await asyncio.sleep(moments.uniform(0, 0.2))
+            os.kill(pid, signal.SIGKILL)
+            done = await server.finish()
+            if done.status == 0:
+                break
+            assert done.status == -signal.SIGKILL
+            kills += 1
+            await until(lambda: idle(gateway))  # the gateway goes on with what it has, and bills it
+            lines = whole_lines(desk)
+            ids = {line["id"] for line in lines}
+            assert len(ids) == len(lines), "a doubled line"
+            assert before <= ids, "a kill lost a line"
+            billed = gateway.billed - billed_before
+            assert set(billed.values()) <= {1}, "one run asked twice"
+            assert not [id_ for id_ in before if billed[tickets[id_]]], "asked again, with its line written"
+            in_flight = [text for id_, text in tickets.items() if billed[text] and id_ not in ids]
+            assert len(in_flight) <= CONCURRENCY, "more was paid in vain than was in flight"
+            billed_before = gateway.billed.copy()
+        assert kills == KILLS, "the job ended before all its kills; make it longer"
+        assert billed_before.total() >= KILLS, "the starts got too few answers; make them longer"
+        await server.start(desk, gateway.url, *arguments)
+        check_complete(await server.finish(), tickets)
+    again = gateway.billed.total() - len(tickets)
+    assert again <= kills * CONCURRENCY
+    print(f"{kills} kills: {again} of {gateway.billed.total()} requests paid again, of {kills * CONCURRENCY} allowed")
+
+
+async def test_a_write_that_death_cuts_at_any_byte_costs_one_line_at_most(desk: Desk) -> None:
+    moments = random.Random(5)
+    tickets = numbered(60)
+    desk.edit(**SETTINGS)
+    desk.write(tickets)
+    async with Gateway(Script(rpm=0, latency_s=0)) as gateway, ForkServer() as server:
+        cuts = 0
+        for _ in range(25):
+            before = whole_lines(desk)
+            size = desk.output.stat().st_size if desk.output.exists() else 0
+            limit = size + moments.randrange(1, 900)
+            await server.start(desk, gateway.url, "--rpm", "0", "--concurrency", "4", die_at_byte=limit)
+            done = await server.finish()
+            assert "Traceback" not in done.stderr, done.stderr
+            cuts += done.status != 0
+            assert whole_lines(desk)[: len(before)] == before, "a cut write harmed other lines"
+        assert cuts >= 10
+        await server.start(desk, gateway.url, "--rpm", "0")
+        check_complete(await server.finish(), tickets)
+    assert gateway.billed.total() <= len(tickets) + 4 * cuts
+
+
+# ---- kill -9 while old lines move to the .bak ----------------------------------------------------------
+
+
+async def labelled_under_another_prompt(desk: Desk, server: ForkServer, gateway: Gateway, count: int) -> list[dict]:
+    """A finished labels.jsonl, every line of which the next run has to retire."""
+    desk.write(numbered(count))
+    desk.edit(**SETTINGS, SYSTEM_PROMPT="The old prompt")
+    await server.start(desk, gateway.url, "--rpm", "0")
+    check_complete(await server.finish(), numbered(count))
+    desk.edit(**SETTINGS)
+    return whole_lines(desk)
+
+
+def check_old_lines(desk: Desk, old: list[dict]) -> None:
+    """All that was ever paid is on record, and once, or the budget would count it twice."""
+    kept = Counter(
+        json.dumps(line) for name in ("labels.jsonl", "labels.jsonl.bak") for line in whole_lines(desk, name)
+    )
+    assert not [line for line in old if not kept[json.dumps(line)]], "an old line is in neither file"
+    assert not [line for line, times in kept.items() if times > 1], "a line is on record more than once"
+
+
+async def test_a_kill_at_any_moment_of_the_rewrite_loses_no_old_line(desk: Desk) -> None:
+    moments = random.Random(6)
+    async with Gateway(Script(rpm=0, latency_s=0)) as gateway, ForkServer() as server:
+        old = await labelled_under_another_prompt(desk, server, gateway, 400)
+        gateway.script = Script(rpm=0, latency_s=30)  # no new line comes: only the rewrite is at stake
+        untouched = desk.output.read_bytes()
+        for _ in range(40):
+            desk.output.write_bytes(untouched)
+            for name in ("labels.jsonl.bak", "labels.jsonl.new"):
+                (desk.folder / name).unlink(missing_ok=True)
+            for _ in range(2):  # the second one starts from what the first one left
+                pid = await server.start(desk, gateway.url, "--rpm", "0")
+                await asyncio.sleep(moments.uniform(0.01, 0.08))
+                os.kill(pid, signal.SIGKILL)
+                await server.finish()
+                kept = {json.dumps(x) for name in ("labels.jsonl", "labels.jsonl.bak") for x in whole_lines(desk, name)}
+                assert {json.dumps(line) for line in old} <= kept, "an old line is in neither file"
+        gateway.script = Script(rpm=0, latency_s=0)
+        await server.start(desk, gateway.url, "--rpm", "0")
+        check_complete(await server.finish(), numbered(400))
+        check_old_lines(desk, old)
+
+
+KILLER = """
+    import itertools
+    calls, real = itertools.count(1), {call}
+    {call} = lambda *a, **k: os.kill(os.getpid(), 9) if next(calls) == {number} else real(*a, **k)
+"""
+
+
+@pytest.mark.parametrize("call", ["os.fsync", "os.replace"])
+@pytest.mark.parametrize("number", [1, 2])
+async def test_a_kill_between_two_steps_of_the_rewrite_leaves_every_old_line_on_record_once(
+    desk: Desk, call: str, number: int
+) -> None:
+    async with Gateway(Script(rpm=0, latency_s=0)) as gateway, ForkServer() as server:
+        old = await labelled_under_another_prompt(desk, server, gateway, 100)
+        program = desk.folder / "classify.py"
+        source = program.read_text(encoding="utf-8")
+        main = 'if __name__ == "__main__":\n'
+        program.write_text(source.replace(main, main + KILLER.format(call=call, number=number)), encoding="utf-8")
+        await server.start(desk, gateway.url, "--rpm", "0")
+        killed = (await server.finish()).status
+        assert killed in (-signal.SIGKILL, 0)  # 0: there is no such step
+        assert killed or number > 1
+        program.write_text(source, encoding="utf-8")
+        await server.start(desk, gateway.url, "--rpm", "0")
+        check_complete(await server.finish(), numbered(100))
+        check_old_lines(desk, old)
+
+
+@pytest.mark.parametrize("die_at_byte", [120, 1000, 8192, 20_000])
+async def test_a_rewrite_that_death_cuts_at_a_byte_loses_no_old_line(desk: Desk, die_at_byte: int) -> None:
+    async with Gateway(Script(rpm=0, latency_s=0)) as gateway, ForkServer() as server:
+        old = await labelled_under_another_prompt(desk, server, gateway, 200)
+        assert desk.output.stat().st_size > 20_000
+        await server.start(desk, gateway.url, "--rpm", "0", die_at_byte=die_at_byte)
+        await server.finish()
+        await server.start(desk, gateway.url, "--rpm", "0")
+        check_complete(await server.finish(), numbered(200))
+        check_old_lines(desk, old)
+
+
+# ---- signals -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_the_first_signal_lets_what_is_in_flight_finish(desk: Desk, number: int) -> None:
+    tickets = numbered(100)
+    desk.edit(**SETTINGS)
+    desk.write(tickets)
+    async with Gateway(Script(rpm=0, latency_s=0.5)) as gateway:
+        process = await desk.start(gateway, "--rpm", "0", "--concurrency", str(CONCURRENCY))
+        await until(lambda: gateway.answered and gateway.in_flight)
+        process.send_signal(number)
+        done = await desk.finish(process)
+        assert done.status == 130
+        assert 0 < len(done.labels) < len(tickets)
+        assert {tickets[id_] for id_ in done.labels} == set(gateway.billed), "paid, and not waited for"
+        assert f"Not labelled: {100 - len(done.labels)} tickets" in done.stdout
+        gateway.script = Script(rpm=0, latency_s=0)
+        check_complete(await desk.run(gateway, "--rpm", "0"), tickets)
+    assert set(gateway.billed.values()) == {1}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_second_signal_ends_the_run_at_once(desk: Desk, number: int) -> None:
+    tickets = numbered(40)
+    desk.edit(**SETTINGS)
+    desk.write(tickets)
+    async with Gateway(Script(rpm=0, latency_s=0, faults=(Fault("hang", first=6),))) as gateway:
+        process = await desk.start(gateway, "--rpm", "0", "--concurrency", str(CONCURRENCY))
+        await until(lambda: gateway.in_flight and gateway.answered >= 5)
+        process.send_signal(number)
+        assert b"waiting" in await until_it_says(process, b"waiting")
+        process.send_signal(number)
+        async with asyncio.timeout(1):
+            assert await process.wait() == 130
+        await desk.finish(process)
+        assert len(whole_lines(desk)) == 5
+        gateway.script = Script(rpm=0, latency_s=0)
+        check_complete(await desk.run(gateway, "--rpm", "0"), tickets)
+
+
+async def until_it_says(process: asyncio.subprocess.Process, word: bytes) -> bytes:
+    """The line of stderr with this word in it."""
+    async with asyncio.timeout(20):
+        while word not in (line := await process.stderr.readline()):
+            assert line, f"it never said {word!r}"
+    return line
+
+
+@pytest.mark.parametrize(
+    ("fault", "settings"),
+    [("status_429_retry", {}), ("status_503", {"BACKOFF_S": 30.0, "BACKOFF_MAX_S": 30.0}), ("status_401", {})],
+)
+async def test_a_signal_ends_every_wait(desk: Desk, fault: str, settings: dict[str, object]) -> None:
+    desk.edit(**SETTINGS | {"KEY_GRACE_S": 60.0, "MAX_REFUSED_S": 60.0} | settings)
+    desk.write(numbered(5))
+    async with Gateway(Script(rpm=0, refusal_s=0, retry_after="55", faults=(Fault(fault),))) as gateway:
+        process = await desk.start(gateway, "--rpm", "0")
+        await until(lambda: gateway.faulted)
+        await asyncio.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(2):
+            assert (await desk.finish(process)).status == 130

@@ -1,0 +1,229 @@
+"""What is known before a run, and what is told after it: cost, quality, confidence, what a cache saved."""
+
+import math
+import random
+import re
+import tomllib
+from dataclasses import replace
+
+import pytest
+from scipy.stats import binomtest
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+from classify import LABELS
+from tests.conftest import PROGRAM, Desk, Done, numbered
+from tests.gateway import Gateway
+from tests.helpers import QUICK, brisk, run_here, summary
+
+# ---- Before: --dry-run
+
+
+def test_a_dry_run_sends_nothing_needs_no_key_and_writes_no_file(desk: Desk):
+    desk.write(numbered(3))
+    before = sorted(desk.folder.iterdir())
+    done = run_here(desk, "--dry-run", TOKENHUB_KEY="")
+    assert (done.status, done.stderr) == (0, "")
+    assert sorted(desk.folder.iterdir()) == before
+
+
+async def test_a_dry_run_counts_the_tickets_by_what_becomes_of_them(desk: Desk):
+    brisk(desk)
+    desk.write(numbered(4))
+    async with Gateway(QUICK) as gateway:
+        await desk.run(gateway)
+    new = {"new": "Hello", "same": "Hello", "as before": numbered(4)["t1"]}
+    desk.write(numbered(4) | {"t2": "changed"} | new | {"empty": "", "blank": " ", "long": "y" * 12_001})
+    shown = run_here(desk, "--dry-run").stdout
+    for count in ("3 of 10 tickets to send", "3 done", "1 changed", "2 identical", "2 empty", "1 cut"):
+        assert re.search(rf"(?<!\d){count}", shown), count
+
+
+async def test_a_dry_run_estimates_the_tokens_and_the_cost_of_each_model(desk: Desk):
+    brisk(desk, CHINESE_MODEL="qwen2.5-72b-instruct")
+    desk.write(numbered(50) | {f"c{n}": f"我的发票金额不对，请尽快帮我处理一下，谢谢。{n}" for n in range(20)})
+    async with Gateway(QUICK) as gateway:
+        shown = (await desk.run(gateway, "--dry-run")).stdout
+        assert gateway.requests == 0
+        done = await desk.run(gateway)
+    assert done.status == 0
+    [tokens_in] = re.findall(r"^Tokens *: about ([\d,]+) in", shown, re.M)
+    assert int(tokens_in.replace(",", "")) == pytest.approx(gateway.tokens_in, rel=0.1)
+    for model, count in (("deepseek-chat", 50), ("qwen2.5-72b-instruct", 20)):
+        [usd] = re.findall(rf"{re.escape(model)}, {count} tickets, about \$(\d+\.\d+)", shown)
+        assert float(usd) == pytest.approx(sum(x["cost_usd"] for x in done.lines if x["model"] == model), rel=0.1)
+
+
+def test_a_dry_run_tells_the_least_time_and_whether_the_budget_will_hold(desk: Desk):
+    desk.write(numbered(90))
+    shown = run_here(desk, "--dry-run", "--rpm", "60", "--budget", "0.0001").stdout
+    assert re.search(r"\b(1\.5 min|0?1:30)\b", shown)
+    assert "BUDGET" in shown
+    assert "BUDGET" not in run_here(desk, "--dry-run", "--budget", "1").stdout
+
+
+async def test_a_run_begins_with_the_estimate_in_one_line(desk: Desk):
+    brisk(desk)
+    desk.write(numbered(3))
+    async with Gateway(QUICK) as gateway:
+        done = await desk.run(gateway)
+    assert done.stderr.startswith("3 of 3 tickets to send: about $0.000")
+
+
+# ---- After: how the labels compare with those that people gave
+
+
+def rows(done: Done, cells: int) -> list[list[float]]:
+    """The numbers of the report's tables that begin with a label and have so many columns."""
+    table = [line.split() for line in done.stdout.splitlines() if line.split()[:1] and line.split()[0] in LABELS]
+    assert {row[0] for row in table} == set(LABELS)
+    return [[float(cell) for cell in row[1:]] for row in table if len(row) == cells + 1]
+
+
+def accuracy(done: Done) -> list[float]:
+    """Accuracy, the two ends of its interval, and of how many."""
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("Accuracy")]
+    return [float(number) for number in (*re.findall(r"\d\.\d+", line), *re.findall(r"of (\d+)", line))]
+
+
+async def evaluated(desk: Desk, gold: list[str], given: list[str], *arguments: str) -> Done:
+    """The report where people gave these labels, and the gateway those."""
+    bodies = [f"ticket {n}" for n in range(len(gold))]
+    desk.write([(f"t{n}", body, gold[n]) for n, body in enumerate(bodies)], header=("id", "body", "label"))
+    answers = dict(zip(bodies, given, strict=True))
+    async with Gateway(replace(QUICK, reply=answers.__getitem__)) as gateway:
+        done = await desk.run(gateway, *arguments)
+    assert done.status == 0
+    return done
+
+
+def random_case(seed: int, count: int, labels: list[str], right: float) -> tuple[list[str], list[str]]:
+    """Labels of people, unevenly spread, and of a model that is right so often."""
+    dice = random.Random(seed)
+    gold = [labels[min(int(dice.expovariate(0.8)), len(labels) - 1)] for _ in range(count)]
+    return gold, [label if dice.random() < right else dice.choice(list(LABELS)) for label in gold]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        random_case(1, 150, list(LABELS), 0.7),
+        random_case(2, 40, ["bug", "other", "billing"], 0.3),  # some labels without a ticket, or never given
+        (["bug"] * 12, ["bug"] * 12),
+        (["bug"] * 9, ["billing"] * 9),
+    ],
+    ids=["usual", "odd", "all right", "all wrong"],
+)
+async def test_the_evaluation_is_what_scikit_learn_and_scipy_say(desk: Desk, case):
+    gold, given = case
+    brisk(desk)
+    done = await evaluated(desk, gold, given)
+    right, of = sum(map(str.__eq__, gold, given)), len(gold)
+    interval = binomtest(right, of).proportion_ci(method="wilson")
+    assert accuracy(done) == pytest.approx([right / of, interval.low, interval.high, of], abs=6e-4)
+    expected = zip(*precision_recall_fscore_support(gold, given, labels=list(LABELS), zero_division=0), strict=True)
+    for row, sklearns in zip(rows(done, 4), expected, strict=True):
+        assert row == pytest.approx(sklearns, abs=6e-4)
+    assert rows(done, 5) == confusion_matrix(gold, given, labels=list(LABELS)).tolist()
+
+
+async def test_rows_without_a_label_of_their_own_do_not_count(desk: Desk):
+    brisk(desk)
+    done = await evaluated(desk, ["bug", "", "bug", "", "other"], ["bug", "bug", "other", "other", "other"])
+    assert accuracy(done)[0::3] == [0.667, 3]
+    assert sum(map(sum, rows(done, 5))) == 3
+
+
+async def test_without_labels_of_people_there_is_no_evaluation(desk: Desk):
+    brisk(desk)
+    done = await evaluated(desk, [""] * 3, ["bug"] * 3)
+    assert not re.search("accuracy|precision", done.stdout, re.I)
+
+
+async def test_accuracy_is_told_for_each_model_and_language(desk: Desk):
+    brisk(desk, CHINESE_MODEL="qwen2.5-72b-instruct")
+    english = [(f"e{n}", f"ticket {n}", "bug" if n else "other") for n in range(4)]
+    chinese = [(f"c{n}", f"发票 {n}", "bug" if n > 1 else "other") for n in range(4)]
+    desk.write(english + chinese, header=("id", "body", "label"))
+    async with Gateway(replace(QUICK, reply=lambda text: "bug")) as gateway:
+        done = await desk.run(gateway)
+    assert re.search(r"^deepseek-chat.*: 0\.750 .* of 4$", done.stdout, re.M)
+    assert re.search(r"^qwen2.5-72b-instruct.*: 0\.500 .* of 4$", done.stdout, re.M)
+
+
+async def test_accuracy_is_told_for_each_language_under_one_model(desk: Desk):
+    brisk(desk)
+    desk.write([("e", "Hello", "bug"), ("c", "发票", "other")], header=("id", "body", "label"))
+    async with Gateway(replace(QUICK, reply=lambda text: "bug")) as gateway:
+        done = await desk.run(gateway)
+    assert re.search(r"^.*not Chinese: 1\.000 .* of 1$", done.stdout, re.M)
+    assert re.search(r"^.*(?<!not )Chinese: 0\.000 .* of 1$", done.stdout, re.M)
+
+
+# ---- After: confidence
+
+
+async def test_with_logprobs_each_line_has_its_confidence_and_the_unsure_are_counted(desk: Desk):
+    brisk(desk, LOGPROBS=True, REVIEW_BELOW=0.98)
+    desk.write({"a": "My invoice is wrong", "b": "Please add dark mode", "c": "I wish for more", "empty": ""})
+    async with Gateway(QUICK) as gateway:
+        done = await desk.run(gateway)
+    sure = {"billing": math.exp(-0.01), "feature-request": math.exp(-0.03)}  # one token, and three
+    lines = [line for line in done.lines if line["id"] != "empty"]
+    assert [line["confidence"] for line in lines] == pytest.approx([sure[x["label"]] for x in lines], abs=1e-4)
+    assert re.search(r"\b2 tickets are worth a look", done.stdout)
+
+
+async def test_without_logprobs_asked_for_no_line_has_a_confidence(desk: Desk):
+    brisk(desk)
+    desk.write(numbered(3))
+    async with Gateway(QUICK) as gateway:
+        done = await desk.run(gateway)
+    assert "logprobs" not in gateway.seen_body
+    assert not any("confidence" in line for line in done.lines)
+
+
+@pytest.mark.parametrize("logprobs", ["refuse", "ignore"])
+async def test_a_gateway_without_logprobs_is_told_of_once_and_the_job_goes_on(desk: Desk, logprobs):
+    brisk(desk, LOGPROBS=True)
+    desk.write(numbered(60))
+    async with Gateway(replace(QUICK, logprobs=logprobs)) as gateway:
+        done = await desk.run(gateway)
+    assert (done.status, done.labels) == (0, dict.fromkeys(numbered(60), "billing"))
+    assert done.stderr.count("logprobs") == 1
+    assert "logprobs" not in gateway.seen_body
+    assert gateway.billed_twice() == 0
+
+
+async def test_accuracy_is_told_by_confidence(desk: Desk):
+    brisk(desk, LOGPROBS=True)
+    done = await evaluated(desk, ["bug", "bug", "other"], ["bug", "feature-request", "other"])
+    assert re.search(r"^confidence from 0\.95: 0\.667 .* of 3$", done.stdout, re.M)
+    assert re.search(r"^confidence from 0\.99: 1\.000 .* of 2$", done.stdout, re.M)
+
+
+# ---- After: what the provider's cache saved
+
+
+@pytest.mark.parametrize("style", ["deepseek", "openai"])
+async def test_cached_tokens_are_priced_as_such_and_what_they_saved_is_told(desk: Desk, style):
+    brisk(desk)
+    desk.write(numbered(20))
+    async with Gateway(replace(QUICK, tokens=(10_000, 3), cached_tokens=8_000, cached_style=style)) as gateway:
+        done = await desk.run(gateway)
+    usd = 20 * (2_000 * 0.27 + 8_000 * 0.07 + 3 * 1.10) / 1e6
+    assert summary(done) == ["Classified 20 tickets", "Tokens: 200,000 in / 60 out", f"Cost  : ${usd:.4f}"]
+    assert all(line["tokens_cached"] == 8_000 for line in done.lines)
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("Cached")]
+    assert "80%" in line
+    assert f"${20 * 8_000 * 0.20 / 1e6:.4f}" in line
+
+
+# ---- What the program needs
+
+
+def test_the_script_and_requirements_txt_name_the_same_packages():
+    block = re.search(r"^# /// script\n(.*?)^# ///$", PROGRAM.read_text(encoding="utf-8"), re.M | re.S)
+    script = tomllib.loads(re.sub("^# ?", "", block[1], flags=re.M))
+    listed = (PROGRAM.parent / "requirements.txt").read_text().split()
+    assert sorted(script["dependencies"]) == sorted(listed)
+    assert script["requires-python"] == ">=3.11"
