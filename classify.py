@@ -67,7 +67,7 @@ MAX_CHARS = 12_000  # of a ticket are sent, about 3,600 tokens; the rest is cut 
 CONCURRENCY = 40  # requests in flight at most
 RPM = 600  # requests a minute at most, retries included; 0: no limit is known, and the pace finds it
 TIMEOUT = 60  # seconds for one request, to its last byte
-MAX_RETRIES = 6  # per ticket; being told to wait (429) is not a retry
+MAX_RETRIES = 8  # per ticket, over about a minute; being told to wait (429) is not a retry
 
 # how much
 BUDGET_USD = 2.00  # for all runs on one output together; 0: no limit
@@ -103,17 +103,23 @@ class InputError(Exception):
     """Something that the user has to mend before anything is sent; its text says what and where."""
 
 
-def excerpt(text: str, *secrets: str, limit: int = 200, run: int = 8) -> str:
-    """A short form of foreign text, control characters escaped, without any `run` characters that a secret has.
+def excerpt(text: str, *secrets: str, limit: int = 200) -> str:
+    """A short form of foreign text: control characters escaped, and starred out what a secret has as well.
 
-    Gateways repeat keys and ticket texts in their errors, whole or in part; neither belongs in a log.
+    Gateways repeat keys and ticket texts in their errors, whole or in part, and in other clothes: JSON, capitals,
+    spaces. So letters and digits alone are compared, eight in a row.
     """
-    text = " ".join(text[: 4 * limit].split())
+    text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda code: chr(int(code[1], 16)), text[: 4 * limit])
+    text = " ".join(re.sub(r"\\[nrt]", " ", text).split())
+    places = [place for place, c in enumerate(text) if c.isalnum()]
+    letters = "".join(text[place].lower()[0] for place in places)
     hidden = set()
-    for start in range(len(text) - run + 1):
-        if any(text[start : start + run] in secret for secret in secrets):
-            hidden.update(range(start, start + run))
-    shown = ["*" if i in hidden else c for i, c in enumerate(text)][:limit]
+    for secret in ("".join(filter(str.isalnum, secret.lower())) for secret in secrets):
+        run = max(4, min(8, len(secret)))
+        for start in range(len(letters) - run + 1):
+            if letters[start : start + run] in secret:
+                hidden.update(range(places[start], places[start + run - 1] + 1))
+    shown = ["*" if place in hidden else c for place, c in enumerate(text)][:limit]
     escaped = (c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in shown)
     return "".join(escaped) + ("..." if len(text) > limit else "")
 
@@ -475,7 +481,7 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
             wait_s = float(headers[name]) * unit_s
             if 0 <= wait_s < math.inf:
                 return wait_s
-    with suppress(KeyError, ValueError, TypeError):
+    with suppress(KeyError, ValueError, TypeError, OverflowError):
         at = parsedate_to_datetime(headers["retry-after"])
         now = parsedate_to_datetime(headers["date"]) if "date" in headers else datetime.now(UTC)
         return max(0.0, (at - now).total_seconds())
@@ -496,7 +502,7 @@ def failure(status: int, headers: Mapping[str, str], data: object, secrets: tupl
     said = excerpt(f"{status} {code}: {message}" if code or message else f"{status}", *secrets)
     wait_s = retry_after_s(headers)
     if status == 200:
-        status = CODE_STATUS.get(code) or (int(code) if code.isdecimal() and 300 <= int(code) < 600 else 500)
+        status = CODE_STATUS.get(code) or (int(code) if re.fullmatch("[345][0-9][0-9]", code) else 500)
     if code in QUOTA_CODES or (status == 429 and QUOTA_TEXT.search(message)):
         status = 402
     if status == 401:
@@ -638,11 +644,11 @@ class Gateway:
             async with post as response:
                 data = parse_json(await read_body(response))
         except TimeoutError:
-            raise MayPass(f"no answer within {TIMEOUT} s", most_usage(text), congestion=True) from None
+            raise MayPass(f"no answer within {TIMEOUT} s", estimated_usage(text), congestion=True) from None
         except aiohttp.ClientConnectorError as error:  # so that nothing was sent, nor billed
             raise MayPass(excerpt(f"no connection: {error}", *secrets)) from None
         except (aiohttp.ClientError, OSError) as error:
-            raise MayPass(excerpt(f"connection lost: {error}", *secrets), most_usage(text)) from None
+            raise MayPass(excerpt(f"connection lost: {error}", *secrets), estimated_usage(text)) from None
         if response.status >= 300 or error_of(data) != ("", ""):
             failed = failure(response.status, response.headers, data, secrets)
             if asked_logprobs and isinstance(failed, TicketFailed) and "logprobs" in failed.message:
@@ -650,6 +656,8 @@ class Gateway:
                 failed = MayPass(failed.message, refused=True)
             raise failed
         answer = parse_answer(data, text)
+        if len(self.job.key) >= 8 and self.job.key in answer.reply:
+            answer = replace(answer, reply=answer.reply.replace(self.job.key, "***"))
         if asked_logprobs and answer.reply and not answer.tokens:
             self.do_without_logprobs()
         return answer
@@ -738,14 +746,12 @@ def copied(ticket: Ticket, twin: Result) -> Result:
     return replace(twin, id=ticket.id, copy_of=twin.id, **free)
 
 
-INDEX = """
+INDEX = f"""
     PRAGMA journal_mode = OFF;
     CREATE TABLE tickets (id TEXT PRIMARY KEY, place TEXT, wanted INT, digest TEXT, model TEXT, gold TEXT, chinese INT,
         cut INT, tokens INT) WITHOUT ROWID;
-    CREATE TABLE labels (id TEXT PRIMARY KEY, line INT, label TEXT, model TEXT, tokens_in INT, tokens_out INT,
-        cost_usd REAL, digest TEXT, reply TEXT, tokens_cached INT, confidence REAL, estimated INT, copy_of TEXT,
-        error TEXT, off_list INT) WITHOUT ROWID;
-    CREATE INDEX twins ON labels (digest, model);
+    CREATE TABLE labels ({", ".join(RESULT_TYPES)}, line, off_list, PRIMARY KEY (id)) WITHOUT ROWID;
+    CREATE INDEX twins ON labels (digest);
     CREATE TABLE wasted AS SELECT * FROM labels;
     CREATE VIEW paid AS SELECT * FROM labels UNION ALL SELECT * FROM wasted;
     CREATE VIEW done AS SELECT labels.*, gold, chinese, cut FROM labels JOIN tickets USING (id, digest) WHERE wanted;
@@ -767,6 +773,8 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = Path(os.path.realpath(path))  # whoever put a symlink there wants it kept
         self.backup = self.path.with_name(self.path.name + ".bak")
+        self.path_new = self.path.with_name(self.path.name + ".new")
+        self.backup_new = self.path.with_name(self.backup.name + ".new")
         self.index = sqlite3.connect("", timeout=0)
         self.index.executescript(INDEX)
         self.file = None
@@ -785,15 +793,17 @@ class Journal:
 
     def open(self) -> None:
         """Takes the output for this process and reads it; raises InputError where it cannot be had or understood."""
-        self.file = open(self.path, "ab", buffering=0)
-        if not self.path.is_file():
+        if self.path.exists() and not self.path.is_file():
             raise InputError(f"{self.path}: not a regular file")
-        self.index.commit()  # nothing can be attached in a transaction
         try:
+            self.index.commit()  # nothing can be attached in a transaction
             self.index.execute("ATTACH ? AS lock", (f"{self.path}.lock",))
             self.index.execute("BEGIN EXCLUSIVE")  # until this process ends, however it does
-        except sqlite3.OperationalError:
-            raise InputError(f"{self.path}: another run is at work on it") from None
+        except sqlite3.OperationalError as error:
+            why = "another run is at work on it" if "locked" in str(error) else "its folder cannot be written"
+            raise InputError(f"{self.path}: {why}") from None
+        self.recover()
+        self.file = open(self.path, "ab", buffering=0)
         self.load()
 
     def load(self) -> None:
@@ -823,27 +833,36 @@ class Journal:
                 raise InputError(f"{self.path}:{number}: the label {label!r} is not in LABELS; mend this line")
 
     def note(self, table: str, result: Result, line: int | None = None) -> None:
-        row = vars(result) | {"line": line, "off_list": result.off_list}
-        self.index.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES (:{', :'.join(row)})", row)
+        row = (*vars(result).values(), line, result.off_list)
+        self.index.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
 
     def retire(self, query: str, *values: object) -> None:
-        """Moves the lines that the query numbers to the .bak; a crash leaves the file as it was, or as it is to be."""
+        """Moves the lines that the query numbers to the .bak, so that a crash leaves them in one of the two."""
         self.load()  # which numbers them
         gone = {number for [number] in self.query(query, *values)}
         if not gone:
             return
-        new = self.path.with_name(self.path.name + ".new")
-        with open(self.backup, "ab") as backup, open(new, "wb") as kept:
+        with open(self.backup_new, "wb") as backup, open(self.path_new, "wb") as kept:
+            backup.writelines(line for _, line in numbered_lines(self.backup))
+            backup.write(b"\n")  # should the line before it be torn
             for number, line in numbered_lines(self.path):
                 (backup if number in gone else kept).write(line)
             for file in (backup, kept):
                 file.flush()
                 os.fsync(file.fileno())
-        os.chmod(new, self.path.stat().st_mode)
+        os.chmod(self.path_new, self.path.stat().st_mode)
         self.file.close()  # Windows renames no open file
-        os.replace(new, self.path)
+        os.replace(self.backup_new, self.backup)
+        self.recover()
         self.file = open(self.path, "ab", buffering=0)
         self.load()
+
+    def recover(self) -> None:
+        """Ends what a crash in `retire` has left half done: forwards from the moment that the .bak has the lines."""
+        if self.path_new.exists() and not self.backup_new.exists():
+            os.replace(self.path_new, self.path)
+        self.path_new.unlink(missing_ok=True)
+        self.backup_new.unlink(missing_ok=True)
 
     def append(self, result: Result) -> None:
         """Writes one line, flushed to the system; raises RunStopped where the disk does not take it."""
@@ -911,8 +930,8 @@ class Run:
             self.unproven = [*self.unproven, result.id] if result.off_list else None
             if self.unproven and len(self.unproven) == MAX_IN_A_ROW:
                 raise RunStopped(
-                    f"the first {MAX_IN_A_ROW} replies name no label, the last one is {excerpt(result.reply)!r}: check "
-                    "MODEL and SYSTEM_PROMPT; for a model that thinks first, EXTRA_BODY and MAX_TOKENS"
+                    f"the first {MAX_IN_A_ROW} replies name no label; see each `reply` in {self.journal.backup.name}, "
+                    "and check MODEL, SYSTEM_PROMPT and, for a model that thinks first, EXTRA_BODY and MAX_TOKENS"
                 )
 
     def fail(self, ticket: Ticket, why: str) -> None:
@@ -1187,10 +1206,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def checked_job(options: argparse.Namespace) -> Job:
     """What the options, the settings and the environment ask for; raises InputError where that makes no sense."""
-    address = os.environ.get("TOKENHUB_URL") or TOKENHUB_URL
     url = URL()
     with suppress(ValueError):
-        url = URL(address)
+        url = URL(os.environ.get("TOKENHUB_URL") or TOKENHUB_URL)
     key = os.environ.get("TOKENHUB_KEY", "").strip()
     model, chinese_model = (options.model, None) if options.model else (MODEL, CHINESE_MODEL)
     private = url.scheme == "https" or (url.scheme == "http" and is_loopback(url))
@@ -1198,10 +1216,7 @@ def checked_job(options: argparse.Namespace) -> Job:
     for wrong, why in (
         (not (key or options.dry_run), "set TOKENHUB_KEY to your key; any word will do for a server that needs none"),
         (not re.fullmatch("[!-~]*", key), "TOKENHUB_KEY has characters that no key has; copy it again"),
-        (
-            not (url.host and private) or url.user,
-            f"TOKENHUB_URL must be https://..., or http:// on this machine, not {address}",
-        ),
+        (not (url.host and private) or url.user, "TOKENHUB_URL must be https://HOST/..., or http:// on this machine"),
         (options.budget and unpriced, f"PRICES lacks {', '.join(unpriced)}; add its price, or use --budget 0"),
         (FALLBACK not in LABELS, f"FALLBACK must be one of LABELS, not {FALLBACK!r}"),
         (any(normalize_label(label) != label for label in LABELS), "two of LABELS differ by case or hyphens only"),
