@@ -191,7 +191,7 @@ def parse_row(columns: list[str], row: list[str], place: str) -> Ticket:
     return Ticket(cells["id"], cells["body"], gold, place)
 
 
-HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]+")
+HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
 KANA = re.compile("[\u3041-\u3096\u30a1-\u30fa\uff66-\uff9f]")
 
 
@@ -233,7 +233,7 @@ def label_finder(labels: tuple[str, ...]) -> tuple[re.Pattern, dict[str, str]]:
 def normalize_label(reply: str) -> str | None:
     """The one label that the reply's first non-empty line names as whole words; None if it names none or several."""
     pattern, label_of = label_finder(tuple(LABELS))
-    line = next((line for line in plain(reply).splitlines() if line.strip()), "")
+    line = next((line for line in plain(reply).splitlines() if any(map(str.isalnum, line))), "")
     named = pattern.findall(line)
     found = {label_of[WORD_GAP.sub("", name)] for _, name in named}
     return found.pop() if len(found) == 1 and not any(negation for negation, _ in named) else None
@@ -281,7 +281,7 @@ DEEPEST_CUT, TRUST_S = 0.8, 7.0  # no deeper cut after less than so many seconds
 OUTAGE_CUT = 0.05  # and none deeper than this at all: an outage says nothing about the limit
 WASTE = 1.07  # the average counts the hold, of which a part was rounding up and waiting
 RETREAT = 0.97  # each cut goes at least this far below the pace that was refused
-RISE_S = (20.0, 8.0, 100.0)  # the pace has risen by what was refused after 8 cycles' time, at least 20 s, at most 100
+RISE_CYCLES, RISE_MIN_S, RISE_MAX_S = 8.0, 20.0, 100.0  # after so long, the pace has risen by what was refused
 
 
 class Pacer:
@@ -310,8 +310,8 @@ class Pacer:
         self._cycle_at: float | None = None  # when the first answer after the last hold came,
         self._answers = 0  # and how many have since
         self._base = 0.0  # the pace then; 0: nothing was refused yet
-        self._climb = self._risen_s = 0.0  # what it rises by in RISE_S, and the seconds of success so far
-        self._rise_s = RISE_S[0]
+        self._climb, self._rise_s = 0.0, RISE_MIN_S  # what it rises by, in how many seconds of success,
+        self._risen_s = 0.0  # and how many have passed
 
     async def turn(self) -> float:
         """Waits for the start of the next request and returns its time; raises RunStopped once the run is ending."""
@@ -368,8 +368,8 @@ class Pacer:
         average = WASTE * self._answers / cycle_s if cycle_s else 0.0
         floor = (DEEPEST_CUT if cycle_s < TRUST_S else OUTAGE_CUT) * self._refused_pace
         self._base = self.pace = min(max(average, floor), RETREAT * self._refused_pace)
-        least_s, cycles, most_s = RISE_S
-        self._climb, self._rise_s, self._risen_s = self._refused_pace, min(max(least_s, cycles * cycle_s), most_s), 0.0
+        self._climb, self._risen_s = self._refused_pace, 0.0
+        self._rise_s = min(max(RISE_CYCLES * cycle_s, RISE_MIN_S), RISE_MAX_S)  # a short cycle says little
         self._refused_pace, self._hold_s, self._cycle_at, self._answers = 0.0, HOLD_S, now, 0
 
     def hold(self, delay_s: float) -> None:
@@ -407,15 +407,17 @@ class Usage:
 
 
 def estimated_usage(text: str) -> Usage:
-    """What a ticket will cost: 0.3 token a character, 0.6 a Chinese one (DeepSeek API docs, "Token Usage")."""
-    characters = SYSTEM_PROMPT + text
-    han = 0 if characters.isascii() else sum(map(len, HAN.findall(characters)))
-    return Usage(math.ceil(0.3 * len(characters) + 0.3 * han), LABEL_TOKENS, estimated=True)
+    """About what a ticket costs: 0.3 token a character, 0.6 a Chinese one (DeepSeek API docs, "Token Usage").
+
+    A Chinese character is two bytes longer in UTF-8 than an English one, so the bytes tell how many there are.
+    """
+    characters, size = len(SYSTEM_PROMPT) + len(text), len(SYSTEM_PROMPT.encode()) + len(text.encode())
+    return Usage(math.ceil(0.3 * characters + 0.15 * (size - characters)), LABEL_TOKENS, estimated=True)
 
 
 def most_usage(text: str) -> Usage:
-    """What a ticket can cost at most: byte-pair tokenizers make no more tokens than there are bytes."""
-    return Usage(len((SYSTEM_PROMPT + text).encode()) + 64, MAX_TOKENS, estimated=True)
+    """What a ticket costs at most: tokenizers that know every byte make no more tokens than there are bytes."""
+    return Usage(len(SYSTEM_PROMPT.encode()) + len(text.encode()) + 64, MAX_TOKENS, estimated=True)
 
 
 def cost_usd(model: str, usage: Usage) -> float | None:
@@ -743,7 +745,7 @@ def labelled(ticket: Ticket, model: str, answer: Answer) -> Result:
 def copied(ticket: Ticket, twin: Result) -> Result:
     """The result of an equal ticket as this one's: the same label, at no cost."""
     free = {"tokens_in": 0, "tokens_out": 0, "tokens_cached": None, "cost_usd": 0.0, "estimated": None}
-    return replace(twin, id=ticket.id, copy_of=twin.id, **free)
+    return replace(twin, id=ticket.id, copy_of=twin.copy_of or twin.id, **free)
 
 
 INDEX = f"""
@@ -838,7 +840,6 @@ class Journal:
 
     def retire(self, query: str, *values: object) -> None:
         """Moves the lines that the query numbers to the .bak, so that a crash leaves them in one of the two."""
-        self.load()  # which numbers them
         gone = {number for [number] in self.query(query, *values)}
         if not gone:
             return
@@ -880,7 +881,8 @@ class Journal:
                 self.gap = b""
             self.note("labels" if result.label else "wasted", result)
         except (OSError, sqlite3.Error) as error:
-            self.file.truncate(self.end)  # half a line
+            with suppress(OSError):
+                self.file.truncate(self.end)  # half a line
             raise RunStopped(f"cannot write {self.path}: {error}; make room, and run again") from None
 
     def close(self) -> None:
@@ -895,7 +897,7 @@ class Journal:
     def twin(self, ticket: Ticket, model: str) -> Result | None:
         """The result of an equal ticket, asked of the same model, by this run or an earlier one."""
         columns = ", ".join(RESULT_TYPES)
-        where = "digest = ? AND model = ? AND copy_of IS NULL"
+        where = "digest = ? AND model = ?"
         rows = self.query(f"SELECT {columns} FROM labels WHERE {where} LIMIT 1", ticket.digest, model)
         return Result(*rows[0]) if rows else None
 
@@ -1248,6 +1250,7 @@ def label(job: Job) -> int:
     journal.retire("SELECT line FROM stale")
     this = asyncio.run(run(job, journal))
     if len(this.unproven or []) >= MAX_IN_A_ROW:  # what not one reply supports is no label
+        journal.load()  # for the numbers of the new lines
         unproven = "SELECT line FROM labels WHERE ifnull(copy_of, id) IN (SELECT value FROM json_each(?))"
         journal.retire(unproven, json.dumps(this.unproven))
     journal.close()
