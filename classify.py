@@ -1178,8 +1178,8 @@ def evaluation(journal: Journal) -> Iterator[str]:
     for gold in LABELS:
         yield f"{gold:<18}" + "".join(f"{matrix.get((gold, label), 0):>17}" for label in LABELS)
     parts = journal.query(
-        "SELECT ifnull(model, 'empty') || iif(chinese, ', Chinese', ', not Chinese'), total(gold = label), count(*) "
-        "FROM done WHERE gold NOT NULL GROUP BY 1"
+        "SELECT ifnull(model, 'empty') || CASE chinese WHEN 1 THEN ', Chinese' ELSE ', not Chinese' END, "
+        "total(gold = label), count(*) FROM done WHERE gold NOT NULL GROUP BY 1"
     ) + [
         (f"confidence from {low}", *journal.query(
             "SELECT total(gold = label), count(*) FROM done WHERE gold NOT NULL AND confidence >= ?", low)[0])
