@@ -1148,7 +1148,7 @@ def notes(journal: Journal, this: Run) -> Iterator[str]:
             yield f"Note: {count} tickets {what}"
     pacer = this.gateway.pacer
     if pacer.refusals:
-        yield f"Limit: {pacer.refusals} requests refused; the gateway lets about {60 * pacer.pace:.0f} a minute through"
+        yield f"Limit: {pacer.refusals} requests refused; set RPM to about {60 * pacer.pace:.0f}, which gets through"
 
 
 def wilson(right: int, of: int) -> str:
