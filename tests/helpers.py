@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 import classify
-from tests.conftest import KEY, Desk, Done
+from tests.conftest import KEY, Desk, Done, clean_environment
 from tests.gateway import JSON, Call, Gateway, Script
 
 QUICK = Script(rpm=0, latency_s=0.01, refusal_s=0.0)  # no limit, and hardly any waiting
@@ -50,28 +50,14 @@ async def until(happened: Callable[[], object], limit_s: float = 20.0) -> None:
             await asyncio.sleep(0.005)
 
 
-async def run_within(desk: Desk, limit_s: float, gateway: Gateway, *arguments: str, **environment: str) -> Done:
-    """Runs the program, and fails the test, with the program ended, where it does not end by itself."""
-    process = await desk.start(gateway, *arguments, **environment)
-    try:
-        async with asyncio.timeout(limit_s):
-            return await desk.finish(process)
-    except TimeoutError:
-        pytest.fail(f"the program was still at it after {limit_s} s")
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-
-
 def run_here(desk: Desk, *arguments: str, **environment: str) -> Done:
     """Runs the program in this process, which is ten times faster, where it must send nothing; fails where it does."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="") for _ in range(2))
     with socket.create_server(("127.0.0.1", 0)) as nobody, contextlib.ExitStack() as stack:
         nobody.setblocking(False)
-        clean = {k: v for k, v in os.environ.items() if not k.upper().endswith("_PROXY") and not k.startswith("TOKEN")}
         ours = {"TOKENHUB_URL": f"http://127.0.0.1:{nobody.getsockname()[1]}/v1", "TOKENHUB_KEY": KEY} | environment
-        stack.enter_context(mock.patch.dict(os.environ, clean | {k: v for k, v in ours.items() if v}, clear=True))
+        given = {name: value for name, value in ours.items() if value}
+        stack.enter_context(mock.patch.dict(os.environ, clean_environment() | given, clear=True))
         stack.enter_context(mock.patch.object(sys, "argv", ["classify.py", *arguments]))
         stack.enter_context(mock.patch.multiple(classify, TIMEOUT=1.0, MAX_RETRIES=0, RPM=60_000))
         stack.enter_context(contextlib.chdir(desk.folder))

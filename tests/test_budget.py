@@ -9,7 +9,7 @@ import pytest
 from classify import PRICES
 from tests.conftest import Desk, numbered
 from tests.gateway import Fault, Gateway
-from tests.helpers import QUICK, brisk, run_within, summary
+from tests.helpers import QUICK, brisk, summary
 
 CHEAP = replace(QUICK, latency_s=0.02, jitter=0.5)
 
@@ -31,7 +31,7 @@ async def test_the_budget_is_not_passed_over_several_runs_with_forty_in_flight(d
     brisk(desk, CONCURRENCY=40, BUDGET_USD=0.02)
     desk.write(uneven(200))
     async with Gateway(CHEAP) as gateway:
-        statuses = [(await run_within(desk, 30, gateway)).status for _ in range(3)]
+        statuses = [(await desk.run(gateway, within_s=30)).status for _ in range(3)]
     assert statuses == [1, 1, 1]
     assert gateway.max_in_flight > 4
     assert 0.01 < bill_usd(gateway) <= 0.02
@@ -41,7 +41,7 @@ async def test_a_spent_budget_stops_the_run_and_says_so(desk: Desk):
     brisk(desk)
     desk.write(numbered(50))
     async with Gateway(QUICK) as gateway:
-        done = await run_within(desk, 30, gateway, "--budget", "0.001")
+        done = await desk.run(gateway, "--budget", "0.001", within_s=30)
     assert done.status == 1
     assert 0 < len(done.labels) < 50
     assert bill_usd(gateway) <= 0.001
@@ -53,7 +53,7 @@ async def test_a_larger_budget_goes_on_where_the_smaller_one_ended(desk: Desk):
     brisk(desk)
     desk.write(numbered(50))
     async with Gateway(QUICK) as gateway:
-        await run_within(desk, 30, gateway, "--budget", "0.001")
+        await desk.run(gateway, "--budget", "0.001", within_s=30)
         done = await desk.run(gateway, "--budget", "1")
     assert (done.status, len(done.labels), gateway.billed_twice()) == (0, 50, 0)
 
@@ -83,7 +83,7 @@ async def test_the_budget_holds_where_the_gateway_tells_no_usage(desk: Desk):
     desk.write(numbered(100))
     async with Gateway(replace(CHEAP, faults=(Fault("no_usage"),))) as gateway:
         for _ in range(2):
-            done = await run_within(desk, 30, gateway)
+            done = await desk.run(gateway, within_s=30)
     assert (done.status, sum(line["cost_usd"] for line in done.lines) <= 0.004) == (1, True)
     assert 0 < bill_usd(gateway) <= 0.004
 
@@ -105,6 +105,6 @@ async def test_the_budget_holds_over_calls_that_were_billed_in_vain(desk: Desk, 
     desk.write(numbered(60))
     async with Gateway(replace(CHEAP, faults=(Fault(fault, every=2),))) as gateway:
         for _ in range(2):
-            done = await run_within(desk, 30, gateway)
+            done = await desk.run(gateway, within_s=30)
     assert done.status == 1
     assert 0.001 < bill_usd(gateway) <= 0.003

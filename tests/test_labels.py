@@ -48,8 +48,8 @@ def gapped(label: str, gap: str) -> str:
 
 
 def wide(text: str) -> str:
-    """In the full-width forms of East Asian keyboards."""
-    return "".join("\u3000" if c == " " else chr(ord(c) + 0xFEE0) for c in text)
+    """In the full-width forms of East Asian keyboards, which ASCII alone has."""
+    return "".join("\u3000" if c == " " else chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text)
 
 
 CASES = [str.lower, str.upper, str.capitalize, str.title]

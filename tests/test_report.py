@@ -7,8 +7,6 @@ import tomllib
 from dataclasses import replace
 
 import pytest
-from scipy.stats import binomtest
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from classify import LABELS
 from tests.conftest import PROGRAM, Desk, Done, numbered
@@ -114,6 +112,9 @@ def random_case(seed: int, count: int, labels: list[str], right: float) -> tuple
     ids=["usual", "odd", "all right", "all wrong"],
 )
 async def test_the_evaluation_is_what_scikit_learn_and_scipy_say(desk: Desk, case):
+    from scipy.stats import binomtest  # slow to import, and wanted here only
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
     gold, given = case
     brisk(desk)
     done = await evaluated(desk, gold, given)
