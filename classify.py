@@ -800,6 +800,7 @@ class Journal:
         try:
             self.index.commit()  # nothing can be attached in a transaction
             self.index.execute("ATTACH ? AS lock", (f"{self.path}.lock",))
+            self.index.execute("PRAGMA lock.journal_mode = OFF")  # which would be one more file to leave behind
             self.index.execute("BEGIN EXCLUSIVE")  # until this process ends, however it does
         except sqlite3.OperationalError as error:
             why = "another run is at work on it" if "locked" in str(error) else "its folder cannot be written"
