@@ -219,7 +219,7 @@ async def test_a_second_signal_ends_the_run_at_once(desk: Desk, number: int) -> 
     desk.write(tickets)
     async with Gateway(Script(rpm=0, latency_s=0, faults=(Fault("hang", first=6),))) as gateway:
         process = await desk.start(gateway, "--rpm", "0", "--concurrency", str(CONCURRENCY))
-        await until(lambda: gateway.in_flight and gateway.answered >= 5)
+        await until(lambda: gateway.in_flight and len(whole_lines(desk)) == 5)
         process.send_signal(number)
         assert b"waiting" in await until_it_says(process, b"waiting")
         process.send_signal(number)
@@ -252,3 +252,18 @@ async def test_a_signal_ends_every_wait(desk: Desk, fault: str, settings: dict[s
         await asyncio.sleep(0.2)
         process.send_signal(signal.SIGINT)
         assert (await desk.finish(process, within_s=2)).status == 130
+
+
+async def test_two_signals_end_a_run_that_was_stopping_already(desk: Desk) -> None:
+    desk.edit(**SETTINGS)
+    desk.write(numbered(40))
+    faults = (Fault("hang", first=1, last=3), Fault("status_402"))
+    async with Gateway(Script(rpm=0, latency_s=0, refusal_s=0, faults=faults)) as gateway:
+        process = await desk.start(gateway, "--rpm", "0", "--concurrency", "4")
+        await until(lambda: gateway.faulted >= 4)
+        process.send_signal(signal.SIGINT)
+        assert b"waiting" in await until_it_says(process, b"waiting")
+        process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(5):
+            assert await process.wait() == 130
+        await desk.finish(process)

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from multidict import CIMultiDict
 
+import classify
 from classify import retry_after_s
 from tests.conftest import KEY, Desk, Done
 from tests.gateway import ERRORS, FAULTS, Fault, Gateway, Script
@@ -377,3 +378,20 @@ def markdown(outcomes: dict[Case, Outcome]) -> Iterator[str]:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         print("\n".join(markdown(asyncio.run(run_matrix(CASES, Path(temporary))))))
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "kind"),
+    [
+        (429, {"type": "insufficient_quota", "code": 429}, classify.RunStopped),
+        (429, {"type": "rate_limit_error", "code": "insufficient_quota"}, classify.RunStopped),
+        (429, {"message": "You exceeded your current quota"}, classify.RunStopped),
+        (429, {"type": "rate_limit_error", "code": 429}, classify.MayPass),
+        (200, {"type": "authentication_error", "code": 1001}, classify.WrongKey),
+        (200, {"code": "402"}, classify.RunStopped),
+        (200, {"code": 9}, classify.MayPass),
+        (400, {"message": "insufficient balance, says the ticket"}, classify.TicketFailed),
+    ],
+)
+def test_an_error_is_known_by_its_status_then_its_code_or_type_then_its_text(status, error, kind):
+    assert type(classify.failure(status, {}, {"error": error}, ())) is kind

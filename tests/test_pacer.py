@@ -12,7 +12,7 @@ from statistics import mean
 
 import pytest
 
-from classify import MAX_HOLD_S, MAX_REFUSED_S, Pacer, RunStopped
+from classify import MAX_HOLD_S, MAX_REFUSED_S, Gateway, MayPass, NotSent, Pacer, RunStopped
 from tests.gateway import Bucket, FixedWindow, SlidingWindow
 
 # what the client was told: its rpm, the true one, the least share of the limit to be reached, the most refused
@@ -231,6 +231,21 @@ def test_five_minutes_of_nothing_but_refusals_stop_the_run():
                 return asyncio.get_running_loop().time()
 
     assert MAX_REFUSED_S < in_virtual_time(refusals()) < MAX_REFUSED_S + 20
+
+
+def test_a_request_that_was_never_sent_tells_nothing_about_the_pace():
+    async def paces() -> tuple[float, float, float]:
+        pacer = Pacer(0)
+        gateway = Gateway(None, None, pacer, 0.0)
+        seen = [pacer.pace]
+        for failed in (NotSent("no connection"), MayPass("500")):
+            for _ in range(10):
+                gateway.heed(failed, await pacer.turn())
+            seen.append(pacer.pace)
+        return tuple(seen)
+
+    before, after_not_sent, after_errors = in_virtual_time(paces())
+    assert before == after_not_sent < after_errors
 
 
 def test_a_run_that_ends_wakes_everybody_who_waits():

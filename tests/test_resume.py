@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import classify
 from classify import parse_result
 from tests.conftest import Desk, Done, numbered
 from tests.gateway import Gateway
@@ -367,3 +368,13 @@ async def test_a_full_disk_stops_the_run_and_leaves_whole_lines_and_the_next_run
         again = await desk.run(gateway, "-o", "disk/labels.jsonl", "--limit", str(written + 20))
     assert (again.status, len(again.labels)) == (0, written + 20)
     assert gateway.billed_twice() <= 4
+
+
+def test_a_second_line_for_an_id_is_taken_back(tmp_path):
+    journal = classify.Journal(tmp_path / "labels.jsonl")
+    journal.open()
+    result = classify.Result("t1", "bug", "deepseek-chat", 312, 3, 0.0001, "digest")
+    journal.append(result)
+    with pytest.raises(classify.RunStopped):  # as when tickets.csv is overwritten while it is read
+        journal.append(replace(result, label="other"))
+    assert journal.path.read_bytes() == result.line()
