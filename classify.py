@@ -476,7 +476,7 @@ WRONG_ADDRESS = "check TOKENHUB_URL and MODEL"
 
 
 def parse_json(raw: bytes) -> object:
-    """The value, or None for what is not JSON, as half a page of HTML, or a megabyte of brackets."""
+    """The value, or None for what is not JSON, such as a page of HTML, or a megabyte of brackets."""
     try:
         return json.loads(raw)
     except (ValueError, RecursionError):
@@ -512,7 +512,7 @@ def failure(status: int, headers: Mapping[str, str], data: object, secrets: tupl
     code, message = error_of(data)
     said = excerpt(f"{status} {code}: {message}" if code or message else f"{status}", *secrets)
     wait_s = retry_after_s(headers)
-    if status == 200:
+    if status < 300:
         status = CODE_STATUS.get(code) or (int(code) if re.fullmatch("[345][0-9][0-9]", code) else 500)
     if code in QUOTA_CODES or (status == 429 and QUOTA_TEXT.search(message)):
         status = 402
@@ -674,6 +674,7 @@ class Gateway:
         return answer
 
     def do_without_logprobs(self) -> None:
+        """Asks for no more of them, and says so once."""
         if self.logprobs:
             say("the gateway serves no logprobs; going on without confidence")
         self.logprobs = False
@@ -1009,6 +1010,7 @@ def stop_on_signals(pacer: Pacer) -> None:
         pacer.stop(INTERRUPTED)
 
     def interrupted(*_: object) -> None:
+        """Runs between any two steps of the program, so it leaves the work to the loop."""
         if next(signals) or loop.is_closed():
             os._exit(130)
         loop.call_soon_threadsafe(drain)
@@ -1046,7 +1048,8 @@ async def show_progress(this: Run, bar: tqdm) -> None:
         if pacer.refusals and pacer.pace < pacer.most:
             notes.append(f"holding {pacer.pace:.1f}/s: the gateway refused more")
         bar.set_postfix_str(", ".join(notes), refresh=False)
-        bar.refresh() if sys.stderr.isatty() else say(str(bar))
+        with suppress(OSError):  # as in `say`: a terminal that has gone
+            bar.refresh() if sys.stderr.isatty() else say(str(bar))
 
 
 async def run(job: Job, journal: Journal) -> Run:

@@ -1,10 +1,15 @@
 """A run from end to end: what is sent, what comes of each answer, what stops it, and how it ends."""
 
+import asyncio
+import io
 import json
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+import classify
 from classify import FALLBACK, SYSTEM_PROMPT
 from tests.conftest import KEY, Desk, numbered
 from tests.gateway import Fault, Gateway
@@ -366,3 +371,18 @@ async def test_a_log_file_gets_no_carriage_returns(desk: Desk):
         done = await desk.run(gateway)
     assert "\r" not in done.stderr
     assert "\x1b" not in done.stderr
+
+
+async def test_a_terminal_that_has_gone_does_not_end_the_run(monkeypatch):
+    class Gone(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def refuse(*_: object) -> None:
+        raise OSError("Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    bar = SimpleNamespace(set_postfix_str=lambda *_, **__: None, refresh=refuse)
+    this = SimpleNamespace(gateway=SimpleNamespace(pacer=classify.Pacer(600), spent_usd=0.0), failed=0)
+    with pytest.raises(TimeoutError):  # it goes on redrawing, each second
+        await asyncio.wait_for(classify.show_progress(this, bar), 1.5)
