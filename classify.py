@@ -29,6 +29,7 @@ import sys
 import unicodedata
 import urllib.request
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -303,7 +304,7 @@ class Pacer:
         self.refusals = 0
         self.stopped: str | None = None  # why no request may start any more
         self._stopping = asyncio.Event()
-        self._line = asyncio.Lock()  # first come, first served; only its holder sleeps, so nobody wakes the others
+        self._line: deque[asyncio.Future] = deque()  # who waits for a turn; while anybody does, one timer is set
         self._next = -math.inf  # when the next request may start
         self._limits = False  # whether the pace is what holds the requests back
         self._cut_at = -math.inf  # what started before the last cut is no news
@@ -318,16 +319,24 @@ class Pacer:
 
     async def turn(self) -> float:
         """Waits for the start of the next request and returns its time; raises RunStopped once the run is ending."""
-        clock = asyncio.get_running_loop().time
-        async with self._line:
-            self._limits = False
-            while (delay_s := self._next - clock()) > 0:  # again: a refusal may have moved it meanwhile
-                self._limits = True
-                await self.sleep(delay_s)
-            self.check()
-            now = clock()
-            self._next = max(self._next, now - SLACK_S) + 1 / self.pace
-            return now
+        self.check()
+        turn = asyncio.get_running_loop().create_future()
+        self._line.append(turn)
+        if len(self._line) == 1:
+            self._admit()
+        self._limits = not turn.done()
+        return await turn
+
+    def _admit(self) -> None:
+        """Lets go whose time has come, all of them at once, and comes back when the next one's has."""
+        loop = asyncio.get_running_loop()
+        while self._line and self._next <= (now := loop.time()):
+            turn = self._line.popleft()
+            if not turn.done():
+                turn.set_result(now)
+                self._next = max(self._next, now - SLACK_S) + 1 / self.pace
+        if self._line:
+            loop.call_at(self._next, self._admit)
 
     def refused(self, started: float, retry_after_s: float | None) -> None:
         """Heeds a 429, a Retry-After or a time-out; raises RunStopped where waiting has no point any more."""
@@ -394,6 +403,10 @@ class Pacer:
         """Ends all waiting and lets no further request start; what is in flight is paid for, and may finish."""
         self.stopped = self.stopped or why
         self._stopping.set()
+        while self._line:
+            turn = self._line.popleft()
+            if not turn.done():
+                turn.set_exception(RunStopped(self.stopped))
 
 
 # ------------------------------------------------------------------------------------------------------------- one call
