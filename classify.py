@@ -148,6 +148,9 @@ def excerpt(text: str, *secrets: str, limit: int = 200) -> str:
 # -------------------------------------------------------------------------------------------------------------- tickets
 
 
+PROMPT_HASH = hashlib.blake2b("\0".join((SYSTEM_PROMPT, *LABELS, "")).encode(), digest_size=16)
+
+
 @dataclass(frozen=True)
 class Ticket:
     id: str
@@ -163,7 +166,9 @@ class Ticket:
     @functools.cached_property
     def digest(self) -> str:
         """Stands for all that decides the label but the model: prompt, labels and text."""
-        return hashlib.blake2b("\0".join((SYSTEM_PROMPT, *LABELS, self.text)).encode(), digest_size=16).hexdigest()
+        whole = PROMPT_HASH.copy()
+        whole.update(self.text.encode())
+        return whole.hexdigest()
 
 
 def utf8_lines(path: Path) -> Iterator[str]:
@@ -422,18 +427,21 @@ class Usage:
     estimated: bool = False
 
 
+PROMPT_BYTES = len(SYSTEM_PROMPT.encode())
+
+
 def estimated_usage(text: str) -> Usage:
     """About what a ticket costs: 0.3 token a character, 0.6 a Chinese one (DeepSeek API docs, "Token Usage").
 
     A Chinese character is two bytes longer in UTF-8 than an English one, so the bytes tell how many there are.
     """
-    characters, size = len(SYSTEM_PROMPT) + len(text), len(SYSTEM_PROMPT.encode()) + len(text.encode())
+    characters, size = len(SYSTEM_PROMPT) + len(text), PROMPT_BYTES + len(text.encode())
     return Usage(math.ceil(0.3 * characters + 0.15 * (size - characters)), LABEL_TOKENS, estimated=True)
 
 
 def most_usage(text: str) -> Usage:
     """What a ticket costs at most: tokenizers that know every byte make no more tokens than there are bytes."""
-    return Usage(len(SYSTEM_PROMPT.encode()) + len(text.encode()) + 64, MAX_TOKENS, estimated=True)
+    return Usage(PROMPT_BYTES + len(text.encode()) + 64, MAX_TOKENS, estimated=True)
 
 
 def cost_usd(model: str, usage: Usage) -> float | None:
@@ -759,7 +767,7 @@ def priced(ticket: Ticket, label: str | None, model: str | None, usage: Usage, *
 def labelled(ticket: Ticket, model: str, answer: Answer) -> Result:
     """The model's answer as a Result; a reply that names no label becomes FALLBACK, and is kept beside it."""
     reply = answer.reply[:MAX_REPLY]
-    label = normalize_label(reply)
+    label = reply if reply in LABELS else normalize_label(reply)
     sure = confidence(answer.tokens, label) if label else None
     kept = None if reply.strip() == label else reply
     return priced(ticket, label or FALLBACK, model, answer.usage, reply=kept, confidence=sure)
@@ -785,6 +793,7 @@ INDEX = f"""
     CREATE VIEW to_send AS SELECT DISTINCT digest, model, tokens FROM missing WHERE model IS NOT NULL
         AND (digest, model) NOT IN (SELECT digest, model FROM labels WHERE model IS NOT NULL);
 """  # what the run, the estimate and the report all mean by "done", "missing" and the rest
+ROW = ", ".join("?" * (len(RESULT_TYPES) + 2))
 
 
 class Journal:
@@ -859,8 +868,7 @@ class Journal:
                 raise InputError(f"{self.path}:{number}: the label {label!r} is not in LABELS; mend this line")
 
     def note(self, table: str, result: Result, line: int | None = None) -> None:
-        row = (*vars(result).values(), line, result.off_list)
-        self.index.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
+        self.index.execute(f"INSERT INTO {table} VALUES ({ROW})", (*vars(result).values(), line, result.off_list))
 
     def retire(self, query: str, *values: object) -> None:
         """Moves the lines that the query numbers to the .bak, so that a crash leaves them in one of the two."""
@@ -920,9 +928,8 @@ class Journal:
 
     def twin(self, ticket: Ticket, model: str) -> Result | None:
         """The result of an equal ticket, asked of the same model, by this run or an earlier one."""
-        sql = f"SELECT {', '.join(RESULT_TYPES)} FROM labels WHERE digest = ? AND model = ? LIMIT 1"
-        rows = self.query(sql, ticket.digest, model)
-        return Result(*rows[0]) if rows else None
+        rows = self.query("SELECT * FROM labels WHERE digest = ? AND model = ? LIMIT 1", ticket.digest, model)
+        return Result(*rows[0][: len(RESULT_TYPES)]) if rows else None
 
     def query(self, sql: str, *values: object) -> list[tuple]:
         return self.index.execute(sql, values).fetchall()

@@ -171,6 +171,23 @@ def test_requests_start_evenly_and_in_the_order_in_which_they_asked():
     assert times[-1] == pytest.approx(49 / 9.9, abs=0.06)
 
 
+def test_all_whose_time_has_come_while_the_program_was_busy_start_together():
+    async def started() -> int:
+        loop, pacer = asyncio.get_running_loop(), Pacer(6000)
+        for _ in range(10):
+            await pacer.turn()
+        waiting = [asyncio.create_task(pacer.turn()) for _ in range(20)]
+        await asyncio.sleep(0)
+        loop.virtual.now += 0.05
+        for _ in range(3):  # the timer, the tasks that it wakes, and this one again
+            await asyncio.sleep(0)
+        done = sum(task.done() for task in waiting)
+        await asyncio.gather(*waiting)
+        return done
+
+    assert 4 <= in_virtual_time(started()) <= 6
+
+
 def test_a_refusal_holds_everybody_as_long_as_the_gateway_asks():
     async def after_refusal() -> float:
         pacer = Pacer(6000)
