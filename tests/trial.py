@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -174,10 +175,14 @@ class Outcome:
         return sum(times > 1 for times in self.served.billed.values())
 
     @property
+    def answering_s(self) -> float:
+        """From the first request to the last answer."""
+        return max((at for at, status in self.served.events if status == 200), default=math.inf) - self.served.first_s
+
+    @property
     def share(self) -> float:
-        """Tickets rightly labelled over what the true limit allows from the first request to the last answer."""
-        last_s = max((at for at, status in self.served.events if status == 200), default=float("inf"))
-        return self.right / (self.trial.script.rpm / 60 * (last_s - self.served.first_s))
+        """Tickets rightly labelled over what the true limit allows while it answered."""
+        return self.right / (self.trial.script.rpm / 60 * self.answering_s)
 
 
 class Bench:
@@ -187,6 +192,7 @@ class Bench:
         self.folder, self.quick, self.given, self.jobs = folder, quick, tickets, jobs
         self.speed = 5 if quick else 1  # of every limit
         self.rivals = RIVALS[:1] if quick else RIVALS  # the SDK takes its time to start
+        self.broken: set[str] = set()  # contestants that ended in an error
         self.program = Path(shutil.copy(PROGRAMS[OURS], folder))  # which may be edited meanwhile
 
     def count(self, full: int, quick: int) -> int:
@@ -225,6 +231,7 @@ class Bench:
             outcome = Outcome(trial, *self.used(folder), pipe.recv(), self.labels(trial, folder))
         print(f"  {trial.who}: exit {outcome.status} after {outcome.wall_s:.1f} s", file=sys.stderr)
         if outcome.status or outcome.served.requests < trial.tickets:
+            self.broken.add(trial.who)
             print((folder / "log").read_text()[-2000:], file=sys.stderr)
         shutil.rmtree(folder)
         return outcome
