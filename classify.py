@@ -324,7 +324,8 @@ class Pacer:
 
     async def turn(self) -> float:
         """Waits for the start of the next request and returns its time; raises RunStopped once the run is ending."""
-        self.check()
+        if self.stopped:
+            raise RunStopped(self.stopped)
         turn = asyncio.get_running_loop().create_future()
         self._line.append(turn)
         if len(self._line) == 1:
@@ -394,15 +395,10 @@ class Pacer:
         self._next = max(self._next, asyncio.get_running_loop().time() + delay_s)
 
     async def sleep(self, delay_s: float) -> None:
-        """Waits so long; raises RunStopped as soon as the run is ending."""
+        """Waits so long, or until the run is ending."""
         with suppress(TimeoutError):
             async with asyncio.timeout(delay_s):
                 await self._stopping.wait()
-        self.check()
-
-    def check(self) -> None:
-        if self.stopped:
-            raise RunStopped(self.stopped)
 
     def stop(self, why: str) -> None:
         """Ends all waiting and lets no further request start; what is in flight is paid for, and may finish."""
