@@ -601,11 +601,6 @@ def request_body(model: str, text: str, logprobs: bool) -> dict:
     return body | ({"logprobs": True} if logprobs else {}) | EXTRA_BODY
 
 
-def backoff_s(retry: int) -> float:
-    """The longest wait before this retry, counted from 1; the actual one is drawn from 0 to it ("full jitter")."""
-    return min(BACKOFF_S * 2 ** (retry - 1), BACKOFF_MAX_S)
-
-
 class Gateway:
     """The chat endpoint: sends a ticket, again where that may help, and never beyond the budget."""
 
@@ -643,7 +638,8 @@ class Gateway:
             finally:
                 self.at_stake_usd -= most_usd
             if tried:
-                await self.pacer.sleep(random.uniform(0, backoff_s(retries)))
+                longest_s = min(BACKOFF_S * 2 ** (retries - 1), BACKOFF_MAX_S)
+                await self.pacer.sleep(random.uniform(0, longest_s))  # "full jitter"
 
     def heed(self, failed: CallFailed, started: float) -> None:
         """Slows down, waits or does without, as the failure asks; raises it again where none of that can help."""
