@@ -830,8 +830,6 @@ class Journal:
             why = "another run is at work on it" if "locked" in str(error) else "its folder cannot be written"
             raise InputError(f"{self.path}: {why}") from None
         self.recover()
-        self.file = open(self.path, "ab", buffering=0)
-        self.load()
 
     def load(self) -> None:
         """Reads both files; raises InputError with the number of a line that is not understood."""
@@ -879,15 +877,15 @@ class Journal:
         self.file.close()  # Windows renames no open file
         os.replace(self.backup_new, self.backup)
         self.recover()
-        self.file = open(self.path, "ab", buffering=0)
-        self.load()
 
     def recover(self) -> None:
-        """Ends what a crash in `retire` has left half done: forwards from the moment that the .bak has the lines."""
+        """Ends what `retire` has left half done, forwards once the .bak has the lines; then opens and reads it all."""
         if self.path_new.exists() and not self.backup_new.exists():
             os.replace(self.path_new, self.path)
         self.path_new.unlink(missing_ok=True)
         self.backup_new.unlink(missing_ok=True)
+        self.file = open(self.path, "ab", buffering=0)
+        self.load()
 
     def append(self, result: Result) -> None:
         """Writes one line, flushed to the system; raises RunStopped where the disk does not take it."""
