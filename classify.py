@@ -894,13 +894,13 @@ class Journal:
             if result.label is None:
                 with open(self.backup, "ab") as backup:
                     backup.write(b"\n" + line)  # should the line before it be torn
+                self.note("wasted", result)
             else:
                 if self.file.tell() != self.end:
                     self.file.truncate(self.end)  # a crash or a full disk left half a line
                 if self.file.write(line) < len(line):
                     raise OSError("No space left on device")
-            self.note("labels" if result.label else "wasted", result)
-            if result.label is not None:
+                self.note("labels", result)
                 self.end, self.gap = self.end + len(line), b""
         except (OSError, sqlite3.Error) as error:
             with suppress(OSError):
