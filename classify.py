@@ -921,6 +921,10 @@ class Journal:
         rows = self.query("SELECT * FROM labels WHERE digest = ? AND model = ? LIMIT 1", ticket.digest, model)
         return Result(*rows[0][: len(RESULT_TYPES)]) if rows else None
 
+    def count(self, rows: str) -> int:
+        [(count,)] = self.query(f"SELECT count(*) FROM {rows}")
+        return count
+
     def query(self, sql: str, *values: object) -> list[tuple]:
         return self.index.execute(sql, values).fetchall()
 
@@ -1067,7 +1071,6 @@ async def run(job: Job, journal: Journal) -> Run:
     pacer = Pacer(job.rpm)
     stop_on_signals(pacer)
     [(spent,)] = journal.query("SELECT total(cost_usd) FROM paid")
-    [(to_do,)] = journal.query("SELECT count(*) FROM missing")
     async with aiohttp.ClientSession(
         # idle connections are dropped before the 5 s after which servers do it, at the worst moment
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4),
@@ -1076,7 +1079,7 @@ async def run(job: Job, journal: Journal) -> Run:
         proxy=proxy_for(job.url),
     ) as session:
         this = Run(job, journal, Gateway(session, job, pacer, spent))
-        with progress_bar(to_do) as bar:
+        with progress_bar(journal.count("missing")) as bar:
             async with asyncio.TaskGroup() as background:
                 shown = background.create_task(show_progress(this, bar))
                 await take_tickets(this, bar)
@@ -1094,10 +1097,8 @@ def dollars(usd: float | None) -> str:
 def plan(job: Job, journal: Journal) -> list[str]:
     """What a run would send, cost and take, by estimate; the first line has the main of it."""
     [(all_, empty, cut)] = journal.query("SELECT count(*), total(model IS NULL), total(cut) FROM tickets WHERE wanted")
-    [(done, spent)] = journal.query("SELECT (SELECT count(*) FROM done), (SELECT total(cost_usd) FROM paid)")
-    [(missing, stale)] = journal.query(
-        "SELECT (SELECT count(*) FROM missing WHERE model IS NOT NULL), (SELECT count(*) FROM stale)"
-    )
+    [(spent,)] = journal.query("SELECT total(cost_usd) FROM paid")
+    done, stale, missing = map(journal.count, ("done", "stale", "missing WHERE model IS NOT NULL"))
     models = journal.query("SELECT model, count(*), sum(tokens) FROM to_send GROUP BY model")
     costs = [cost_usd(model, Usage(tokens, LABEL_TOKENS * count)) for model, count, tokens in models]
     send, tokens = sum(count for _, count, _ in models), sum(tokens for _, _, tokens in models)
@@ -1117,20 +1118,18 @@ def plan(job: Job, journal: Journal) -> list[str]:
 
 def report(journal: Journal, this: Run) -> list[str]:
     """The totals of the output, then what a person should know about this run."""
-    [(done, missing)] = journal.query("SELECT (SELECT count(*) FROM done), (SELECT count(*) FROM missing)")
     [(tokens_in, tokens_out, usd, unpriced)] = journal.query(
         "SELECT total(tokens_in), total(tokens_out), total(cost_usd), total(cost_usd IS NULL) FROM paid"
     )
     counts = dict(journal.query("SELECT label, count(*) FROM done GROUP BY label"))
     return [
-        f"Classified {done} tickets",
+        f"Classified {journal.count('done')} tickets",
         f"Tokens: {tokens_in:,.0f} in / {tokens_out:,.0f} out",
         f"Cost  : {dollars(None if unpriced else usd)}",
         "",
         *(f"{label:<18}{counts.get(label, 0):>8}" for label in LABELS),
         "",
         *remarks(journal, this),
-        *([f"Not labelled: {missing} tickets; run the same command again to send them"] if missing else []),
         *evaluation(journal),
     ]
 
@@ -1159,12 +1158,13 @@ def remarks(journal: Journal, this: Run) -> Iterator[str]:
         (f"became {FALLBACK!r} because the reply named no label; see `reply` in {journal.path.name}", "off_list"),
         (f"are worth a look: their confidence is below {REVIEW_BELOW}", f"confidence < {REVIEW_BELOW}"),
     ):
-        [(count,)] = journal.query(f"SELECT count(*) FROM done WHERE {where}")
-        if count:
+        if count := journal.count(f"done WHERE {where}"):
             yield f"Note: {count} tickets {what}"
     pacer = this.gateway.pacer
     if pacer.refusals:
         yield f"Limit: {pacer.refusals} requests refused; set RPM to about {60 * pacer.pace:.0f}, which gets through"
+    if missing := journal.count("missing"):
+        yield f"Not labelled: {missing} tickets; run the same command again to send them"
 
 
 def wilson(right: int, of: int) -> str:
@@ -1268,7 +1268,7 @@ def label_all(job: Job) -> int:
     if why := this.gateway.pacer.stopped:
         say(f"stopped: {why}")
     print("\n".join(report(journal, this)))
-    return 130 if why == INTERRUPTED else int(bool(journal.query("SELECT 1 FROM missing LIMIT 1")))
+    return 130 if why == INTERRUPTED else int(journal.count("missing") > 0)
 
 
 def main() -> int:
