@@ -1105,9 +1105,9 @@ def plan(job: Job, journal: Journal) -> list[str]:
     usd = None if None in costs else sum(costs)
     least = timedelta(seconds=60 * send // job.rpm if job.rpm else 0)
     time = f"at least {least} at {job.rpm:g} a minute" if job.rpm else "at the pace that is found"
-    holds = not job.budget_usd or usd is None or spent + usd <= job.budget_usd
+    over = 0 < job.budget_usd < spent + (usd or 0.0)
     return [
-        f"{send} of {all_} tickets to send: about {dollars(usd)}, {time}" + ("" if holds else "; OVER THE BUDGET"),
+        f"{send} of {all_} tickets to send: about {dollars(usd)}, {time}" + ("; OVER THE BUDGET" if over else ""),
         f"Tickets: {all_}; {done} done, {stale} changed since, {missing - send} identical to another, "
         f"{empty:.0f} empty, {cut:.0f} cut at {MAX_CHARS} characters",
         f"Tokens : about {tokens:,} in / {LABEL_TOKENS * send:,} out",
