@@ -1100,9 +1100,9 @@ def plan(job: Job, journal: Journal) -> list[str]:
     [(spent,)] = journal.query("SELECT total(cost_usd) FROM paid")
     done, stale, missing = map(journal.count, ("done", "stale", "missing WHERE model IS NOT NULL"))
     models = journal.query("SELECT model, count(*), sum(tokens) FROM to_send GROUP BY model")
-    costs = [cost_usd(model, Usage(tokens, LABEL_TOKENS * count)) for model, count, tokens in models]
+    costs = {model: cost_usd(model, Usage(tokens, LABEL_TOKENS * count)) for model, count, tokens in models}
     send, tokens = sum(count for _, count, _ in models), sum(tokens for _, _, tokens in models)
-    usd = None if None in costs else sum(costs)
+    usd = None if None in costs.values() else sum(costs.values())
     least = timedelta(seconds=60 * send // job.rpm if job.rpm else 0)
     time = f"at least {least} at {job.rpm:g} a minute" if job.rpm else "at the pace that is found"
     over = 0 < job.budget_usd < spent + (usd or 0.0)
@@ -1111,7 +1111,7 @@ def plan(job: Job, journal: Journal) -> list[str]:
         f"Tickets: {all_}; {done} done, {stale} changed since, {missing - send} identical to another, "
         f"{empty:.0f} empty, {cut:.0f} cut at {MAX_CHARS} characters",
         f"Tokens : about {tokens:,} in / {LABEL_TOKENS * send:,} out",
-        *(f"Model  : {m}, {n} tickets, about {dollars(c)}" for (m, n, _), c in zip(models, costs, strict=True)),
+        *(f"Model  : {model}, {count} tickets, about {dollars(costs[model])}" for model, count, _ in models),
         f"Budget : ${job.budget_usd:.2f}, of which ${spent:.4f} is spent" if job.budget_usd else "Budget : none",
     ]
 
