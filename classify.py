@@ -1147,9 +1147,7 @@ def remarks(journal: Journal, this: Run) -> Iterator[str]:
     [(copies, usd)] = journal.query("SELECT count(*), total(o.cost_usd) FROM done JOIN labels o ON o.id = done.copy_of")
     if copies:
         yield f"Identical: {copies} tickets got the label of an equal one, which saved {dollars(usd)}"
-    cached = journal.query(
-        "SELECT model, total(tokens_cached), total(tokens_in) FROM paid WHERE model NOT NULL GROUP BY 1"
-    )
+    cached = journal.query("SELECT model, total(tokens_cached), total(tokens_in) FROM paid GROUP BY model")
     if tokens := sum(hit for _, hit, _ in cached):
         usd = sum(hit * (PRICES[model][0] - PRICES[model][2]) / 1e6 for model, hit, _ in cached if model in PRICES)
         yield f"Cached: {tokens / sum(n for *_, n in cached):.0%} of the tokens in, which saved {dollars(usd)}"
