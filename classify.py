@@ -29,7 +29,7 @@ import sys
 import unicodedata
 import urllib.request
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -1175,22 +1175,22 @@ def wilson(right: int, of: int) -> str:
 
 def evaluation(journal: Journal) -> Iterator[str]:
     """How the labels compare with those that people gave, where the CSV has a `label` column."""
-    matrix = {(gold, label): n for gold, label, n in journal.query(
-        "SELECT gold, label, count(*) FROM done WHERE gold NOT NULL GROUP BY gold, label")}  # fmt: skip
+    counts = journal.query("SELECT gold, label, count(*) FROM done WHERE gold NOT NULL GROUP BY gold, label")
+    matrix = Counter({(gold, label): n for gold, label, n in counts})
     if not matrix:
         return
     right = sum(n for (gold, label), n in matrix.items() if gold == label)
-    yield from ("", f"Accuracy: {wilson(right, sum(matrix.values()))} tickets with a label of their own", "")
+    yield from ("", f"Accuracy: {wilson(right, matrix.total())} tickets with a label of their own", "")
     yield f"{'':<18}{'precision':>10}{'recall':>10}{'F1':>10}{'count':>10}"
     for label in LABELS:
-        hits = matrix.get((label, label), 0)
+        hits = matrix[label, label]
         given = sum(n for (_, other), n in matrix.items() if other == label)
         count = sum(n for (gold, _), n in matrix.items() if gold == label)
         scores = (hits / (given or 1), hits / (count or 1), 2 * hits / (given + count or 1))
         yield f"{label:<18}" + "".join(f"{score:>10.3f}" for score in scores) + f"{count:>10}"
     yield from ("", f"{'given by people':<18}" + "".join(f"{label[:16]:>17}" for label in LABELS))
     for gold in LABELS:
-        yield f"{gold:<18}" + "".join(f"{matrix.get((gold, label), 0):>17}" for label in LABELS)
+        yield f"{gold:<18}" + "".join(f"{matrix[gold, label]:>17}" for label in LABELS)
     parts = journal.query("""
         SELECT ifnull(model, 'empty') || CASE chinese WHEN 1 THEN ', Chinese' ELSE ', not Chinese' END,
             total(gold = label), count(*) FROM done WHERE gold NOT NULL GROUP BY 1
