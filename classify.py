@@ -742,9 +742,8 @@ def parse_result(line: bytes) -> Result:
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     values = {name: record.get(name) for name in RESULT_TYPES}
-    for name, kind in RESULT_TYPES.items():
-        value = values[name]
-        if not isinstance(value, kind) or (isinstance(value, int | float) and not 0 <= value < 2**53):
+    for name, value in values.items():
+        if not isinstance(value, RESULT_TYPES[name]) or (isinstance(value, int | float) and not 0 <= value < 2**53):
             raise ValueError(f"its {name} is {excerpt(repr(value), limit=40)}")
     return Result(**values)
 
