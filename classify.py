@@ -1271,9 +1271,8 @@ def label_all(job: Job) -> int:
 def main() -> int:
     """The exit status: 0 every ticket has its label; 1 some have none; 2 nothing could be sent; 130 interrupted."""
     sys.stdout.reconfigure(errors="backslashreplace")
-    options = parse_arguments()
     try:
-        return label_all(checked_job(options))
+        return label_all(checked_job(parse_arguments()))
     except (InputError, sqlite3.Error) as error:
         say(f"classify.py: {error}")
     except OSError as error:
