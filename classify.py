@@ -437,7 +437,7 @@ def estimated_usage(text: str) -> Usage:
 
 def most_usage(text: str) -> Usage:
     """What a ticket costs at most: tokenizers that know every byte make no more tokens than there are bytes."""
-    return Usage(PROMPT_BYTES + len(text.encode()) + 64, MAX_TOKENS, estimated=True)
+    return Usage(PROMPT_BYTES + len(text.encode()) + 64, MAX_TOKENS)
 
 
 def cost_usd(model: str, usage: Usage) -> float | None:
