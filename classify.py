@@ -244,24 +244,21 @@ def plain(text: str) -> str:
     return re.sub("[\u2010\u2011\u2013\u2212]", "-", unicodedata.normalize("NFKC", text)).casefold()
 
 
-@functools.cache
-def label_finder(labels: tuple[str, ...]) -> tuple[re.Pattern, dict[str, str]]:
-    """A pattern for labels as whole words, with a "not" that stands before one, and the label for each match."""
-    # The scripts of East Asia put no space between words, so they end a Latin word; "no-other" is one word.
-    letter = r"[^\W_\u2e80-\u9fff\uac00-\ud7af]"
-    forms = [r"[-_\s]*".join(map(re.escape, WORD_GAP.split(plain(label)))) for label in labels]
-    longest_first = "|".join(sorted(forms, key=len, reverse=True))
-    negation = r"((?:not?|non|never|neither|nor)[-\s]+(?:an?\s+)?)?"
-    pattern = f"(?<!{letter})(?<!{letter}[-_]){negation}({longest_first})(?!{letter})(?![-_]{letter})"
-    return re.compile(pattern), {WORD_GAP.sub("", plain(label)): label for label in labels}
+LABEL_OF = {WORD_GAP.sub("", plain(label)): label for label in LABELS}
+FORMS = [r"[-_\s]*".join(map(re.escape, WORD_GAP.split(plain(label)))) for label in LABELS]
+LONGEST_FIRST = "|".join(sorted(FORMS, key=len, reverse=True))
+NEGATION = r"((?:not?|non|never|neither|nor)[-\s]+(?:an?\s+)?)?"
+# The scripts of East Asia put no space between words, so they end a Latin word; "no-other" is one word.
+LETTER = r"[^\W_\u2e80-\u9fff\uac00-\ud7af]"
+# labels as whole words, each with a "not" that stands before it
+NAMED = re.compile(f"(?<!{LETTER})(?<!{LETTER}[-_]){NEGATION}({LONGEST_FIRST})(?!{LETTER})(?![-_]{LETTER})")
 
 
 def normalize_label(reply: str) -> str | None:
     """The one label that the reply's first non-empty line names as whole words; None if it names none or several."""
-    pattern, label_of = label_finder(tuple(LABELS))
     line = next((line for line in plain(reply).splitlines() if any(map(str.isalnum, line))), "")
-    named = pattern.findall(line)
-    found = {label_of[WORD_GAP.sub("", name)] for _, name in named}
+    named = NAMED.findall(line)
+    found = {LABEL_OF[WORD_GAP.sub("", name)] for _, name in named}
     return found.pop() if len(found) == 1 and not any(negation for negation, _ in named) else None
 
 
