@@ -1175,13 +1175,13 @@ def evaluation(journal: Journal) -> Iterator[str]:
     matrix = Counter({(gold, label): n for gold, label, n in counts})
     if not matrix:
         return
-    right = sum(n for (gold, label), n in matrix.items() if gold == label)
+    right = sum(matrix[label, label] for label in LABELS)
     yield from ("", f"Accuracy: {wilson(right, matrix.total())} tickets with a label of their own", "")
     yield f"{'':<18}{'precision':>10}{'recall':>10}{'F1':>10}{'count':>10}"
     for label in LABELS:
         hits = matrix[label, label]
-        given = sum(n for (_, other), n in matrix.items() if other == label)
-        count = sum(n for (gold, _), n in matrix.items() if gold == label)
+        given = sum(matrix[gold, label] for gold in LABELS)
+        count = sum(matrix[label, other] for other in LABELS)
         scores = (hits / (given or 1), hits / (count or 1), 2 * hits / (given + count or 1))
         yield f"{label:<18}" + "".join(f"{score:>10.3f}" for score in scores) + f"{count:>10}"
     yield from ("", f"{'given by people':<18}" + "".join(f"{label[:16]:>17}" for label in LABELS))
