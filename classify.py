@@ -394,8 +394,7 @@ class Pacer:
     async def sleep(self, delay_s: float) -> None:
         """Waits so long, or until the run is ending."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(delay_s):
-                await self._stopping.wait()
+            await asyncio.wait_for(self._stopping.wait(), delay_s)
 
     def stop(self, why: str) -> None:
         """Ends all waiting and lets no further request start; what is in flight is paid for, and may finish."""
