@@ -313,7 +313,7 @@ class Pacer:
         self._refused_pace = 0.0  # while the gateway refuses: the pace that it refused first, and since when
         self._refused_since = 0.0
         self._hold_s = HOLD_S
-        self._cycle_at: float | None = None  # when the first answer after the last hold came,
+        self._cycle_at = 0.0  # when the first answer after the last hold came,
         self._answers = 0  # and how many have since
         self._base = 0.0  # the pace then; 0: nothing was refused yet
         self._climb, self._rise_s = 0.0, RISE_MIN_S  # what it rises by, in how many seconds of success,
@@ -363,7 +363,7 @@ class Pacer:
     def accepted(self, started: float) -> None:
         """Counts a request that was let in, and raises the pace."""
         now = asyncio.get_running_loop().time()
-        if self._cycle_at is None:
+        if not self._answers:
             self._cycle_at = now
         if self._refused_pace:
             if started > self._cut_at:
