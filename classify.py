@@ -656,12 +656,11 @@ class Gateway:
         """One request; raises RunStopped, TicketFailed or MayPass."""
         secrets = (self.job.key, text)
         asked_logprobs = self.logprobs
-        request = request_body(model, text, asked_logprobs)
+        body = request_body(model, text, asked_logprobs)
         try:
             # not a header of the session, which aiohttp would send to a proxy as well
             headers = {"Authorization": f"Bearer {self.job.key}"}
-            post = self.session.post(self.job.url, json=request, headers=headers, allow_redirects=False)
-            async with post as response:
+            async with self.session.post(self.job.url, json=body, headers=headers, allow_redirects=False) as response:
                 data = parse_json(await read_body(response))
         except TimeoutError:
             raise MayPass(f"no answer within {TIMEOUT} s", estimated_usage(text), congestion=True) from None
