@@ -212,7 +212,7 @@ def parse_row(columns: list[str], row: list[str], place: str) -> Ticket:
     if "body" not in cells or not cells.get("id", "").strip():
         raise InputError(f"{place}: a ticket needs an id and a body")
     gold = cells.get("label", "").strip() or None
-    if gold is not None and gold not in LABELS:
+    if gold and gold not in LABELS:
         raise InputError(f"{place}: the label {excerpt(gold)!r} is not one of {', '.join(LABELS)}")
     return Ticket(cells["id"], cells["body"], gold, place)
 
@@ -668,7 +668,7 @@ class Gateway:
             raise NotSent(excerpt(f"no connection: {error}", *secrets)) from None
         except (aiohttp.ClientError, OSError) as error:
             raise MayPass(excerpt(f"connection lost: {error}", *secrets), estimated_usage(text)) from None
-        if response.status >= 300 or error_of(data) != ("", ""):
+        if response.status >= 300 or any(error_of(data)):
             failed = failure(response.status, response.headers, data, secrets)
             if asked_logprobs and isinstance(failed, TicketFailed) and "logprobs" in failed.message:
                 self.do_without_logprobs()
