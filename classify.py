@@ -244,21 +244,24 @@ def plain(text: str) -> str:
     return re.sub("[\u2010\u2011\u2013\u2212]", "-", unicodedata.normalize("NFKC", text)).casefold()
 
 
-LABEL_OF = {WORD_GAP.sub("", plain(label)): label for label in LABELS}
-FORMS = [r"[-_\s]*".join(map(re.escape, WORD_GAP.split(plain(label)))) for label in LABELS]
-LONGEST_FIRST = "|".join(sorted(FORMS, key=len, reverse=True))
-NEGATION = r"((?:not?|non|never|neither|nor)[-\s]+(?:an?\s+)?)?"
-# The scripts of East Asia put no space between words, so they end a Latin word; "no-other" is one word.
-LETTER = r"[^\W_\u2e80-\u9fff\uac00-\ud7af]"
-# labels as whole words, each with a "not" that stands before it
-NAMED = re.compile(f"(?<!{LETTER})(?<!{LETTER}[-_]){NEGATION}({LONGEST_FIRST})(?!{LETTER})(?![-_]{LETTER})")
+@functools.cache
+def label_finder(labels: tuple[str, ...]) -> tuple[re.Pattern, dict[str, str]]:
+    """A pattern for labels as whole words, with a "not" that stands before one, and the label for each match."""
+    # The scripts of East Asia put no space between words, so they end a Latin word; "no-other" is one word.
+    letter = r"[^\W_\u2e80-\u9fff\uac00-\ud7af]"
+    forms = [r"[-_\s]*".join(map(re.escape, WORD_GAP.split(plain(label)))) for label in labels]
+    longest_first = "|".join(sorted(forms, key=len, reverse=True))
+    negation = r"((?:not?|non|never|neither|nor)[-\s]+(?:an?\s+)?)?"
+    pattern = f"(?<!{letter})(?<!{letter}[-_]){negation}({longest_first})(?!{letter})(?![-_]{letter})"
+    return re.compile(pattern), {WORD_GAP.sub("", plain(label)): label for label in labels}
 
 
 def normalize_label(reply: str) -> str | None:
     """The one label that the reply's first non-empty line names as whole words; None if it names none or several."""
+    pattern, label_of = label_finder(tuple(LABELS))
     line = next((line for line in plain(reply).splitlines() if any(map(str.isalnum, line))), "")
-    named = NAMED.findall(line)
-    found = {LABEL_OF[WORD_GAP.sub("", name)] for _, name in named}
+    named = pattern.findall(line)
+    found = {label_of[WORD_GAP.sub("", name)] for _, name in named}
     return found.pop() if len(found) == 1 and not any(negation for negation, _ in named) else None
 
 
@@ -559,8 +562,8 @@ def parse_usage(usage: object) -> Usage | None:
 def parse_tokens(choice: dict) -> tuple[tuple[str, float], ...]:
     """The reply's tokens with their log-probabilities; none where the gateway sends none, or nonsense."""
     try:
-        return tuple((str(token["token"]), min(0.0, token["logprob"])) for token in choice["logprobs"]["content"])
-    except (KeyError, TypeError):
+        return tuple((str(t["token"]), min(0.0, float(t["logprob"]))) for t in choice["logprobs"]["content"])
+    except (KeyError, TypeError, ValueError, OverflowError):
         return ()
 
 
@@ -595,6 +598,11 @@ def request_body(model: str, text: str, logprobs: bool) -> dict:
     messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": text}]
     body = {"model": model, "messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0}
     return body | ({"logprobs": True} if logprobs else {}) | EXTRA_BODY
+
+
+def backoff_s(retry: int) -> float:
+    """The longest wait before this retry, counted from 1; the actual one is drawn from 0 to it ("full jitter")."""
+    return min(BACKOFF_S * 2 ** (retry - 1), BACKOFF_MAX_S)
 
 
 class Gateway:
@@ -634,8 +642,7 @@ class Gateway:
             finally:
                 self.at_stake_usd -= most_usd
             if tried:
-                longest_s = min(BACKOFF_S * 2 ** (retries - 1), BACKOFF_MAX_S)
-                await self.pacer.sleep(random.uniform(0, longest_s))  # "full jitter"
+                await self.pacer.sleep(random.uniform(0, backoff_s(retries)))
 
     def heed(self, failed: CallFailed, started: float) -> None:
         """Slows down, waits or does without, as the failure asks; raises it again where none of that can help."""
@@ -664,7 +671,7 @@ class Gateway:
                 data = parse_json(await read_body(response))
         except TimeoutError:
             raise MayPass(f"no answer within {TIMEOUT} s", estimated_usage(text), congestion=True) from None
-        except (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError, aiohttp.InvalidURL) as error:
+        except (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError, aiohttp.InvalidURL, UnicodeError) as error:
             raise NotSent(excerpt(f"no connection: {error}", *secrets)) from None
         except (aiohttp.ClientError, OSError) as error:
             raise MayPass(excerpt(f"connection lost: {error}", *secrets), estimated_usage(text)) from None
@@ -824,6 +831,8 @@ class Journal:
             why = "another run is at work on it" if "locked" in str(error) else "its folder cannot be written"
             raise InputError(f"{self.path}: {why}") from None
         self.recover()
+        self.file = open(self.path, "ab", buffering=0)
+        self.load()
 
     def load(self) -> None:
         """Reads both files; raises InputError with the number of a line that is not understood."""
@@ -847,7 +856,7 @@ class Journal:
         for _, line in numbered_lines(self.backup):
             with suppress(ValueError):  # a torn line says nothing, and its blank neighbours neither
                 self.note("wasted", parse_result(line))
-        for number, label in self.query("SELECT line, label FROM done ORDER BY line"):
+        for number, label in self.index.execute("SELECT line, label FROM done ORDER BY line"):
             if label not in LABELS:
                 raise InputError(f"{self.path}:{number}: the label {label!r} is not in LABELS; mend this line")
 
@@ -871,15 +880,15 @@ class Journal:
         self.file.close()  # Windows renames no open file
         os.replace(self.backup_new, self.backup)
         self.recover()
+        self.file = open(self.path, "ab", buffering=0)
+        self.load()
 
     def recover(self) -> None:
-        """Ends what `retire` has left half done, forwards once the .bak has the lines; then opens and reads it all."""
+        """Ends what a crash in `retire` has left half done: forwards from the moment that the .bak has the lines."""
         if self.path_new.exists() and not self.backup_new.exists():
             os.replace(self.path_new, self.path)
         self.path_new.unlink(missing_ok=True)
         self.backup_new.unlink(missing_ok=True)
-        self.file = open(self.path, "ab", buffering=0)
-        self.load()
 
     def append(self, result: Result) -> None:
         """Writes one line, flushed to the system; raises RunStopped where the disk does not take it."""
@@ -987,7 +996,7 @@ async def classify_one(run: Run, ticket: Ticket) -> None:
 async def take_tickets(run: Run, bar: tqdm) -> None:
     """Starts a task for each ticket without a line, so many at a time that no more than CONCURRENCY exist."""
     slots = asyncio.Semaphore(run.job.concurrency)
-    tickets = itertools.islice(load_tickets(run.job.tickets), run.job.limit)
+    tickets = itertools.islice(load_tickets(run.job.tickets), min(run.job.limit, sys.maxsize))
 
     def finished(_: asyncio.Task) -> None:
         slots.release()
@@ -1216,7 +1225,9 @@ def checked_job(options: argparse.Namespace) -> Job:
     """What the options, the settings and the environment ask for; raises InputError where that makes no sense."""
     url = URL()
     with suppress(ValueError):
-        url = URL(os.environ.get("TOKENHUB_URL") or TOKENHUB_URL)
+        given = URL(os.environ.get("TOKENHUB_URL") or TOKENHUB_URL)
+        (given.host or "").encode("idna")  # which refuses a..b
+        url = given
     key = os.environ.get("TOKENHUB_KEY", "").strip()
     model, chinese_model = (options.model, None) if options.model else (MODEL, CHINESE_MODEL)
     private = url.scheme == "https" or (url.scheme == "http" and is_loopback(url))
@@ -1229,7 +1240,7 @@ def checked_job(options: argparse.Namespace) -> Job:
         (FALLBACK not in LABELS, f"FALLBACK must be one of LABELS, not {FALLBACK!r}"),
         (any(normalize_label(label) != label for label in LABELS), "two of LABELS differ by case or hyphens only"),
         (min(options.concurrency, options.limit) < 1, "--concurrency and --limit must be at least 1"),
-        (not 0 <= options.rpm < math.inf, "--rpm cannot be negative"),
+        (options.rpm and not 0.01 <= options.rpm < math.inf, "--rpm must be 0, for no limit, or at least 0.01"),
         (not 0 <= options.budget_usd < math.inf, "--budget cannot be negative"),
     ):
         if wrong:
