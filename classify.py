@@ -324,20 +324,21 @@ class Pacer:
 
     async def turn(self) -> float:
         """Waits for the start of the next request and returns its time; raises RunStopped once the run is ending."""
-        if self.stopped:
-            raise RunStopped(self.stopped)
         turn = asyncio.get_running_loop().create_future()
         self._line.append(turn)
         if len(self._line) == 1:
             self._admit()
         self._limits = not turn.done()
-        return await turn
+        started = await turn
+        if self.stopped:
+            raise RunStopped(self.stopped)
+        return started
 
     def _admit(self) -> None:
         """Lets go whose time has come, all of them at once, and comes back when the next one's has."""
         loop = asyncio.get_running_loop()
-        while self._line and self._next <= (now := loop.time()):
-            turn = self._line.popleft()
+        while self._line and (self._next <= loop.time() or self.stopped):
+            turn, now = self._line.popleft(), loop.time()
             if not turn.done():
                 turn.set_result(now)
                 self._next = max(self._next, now - SLACK_S) + 1 / self.pace
@@ -403,10 +404,7 @@ class Pacer:
         """Ends all waiting and lets no further request start; what is in flight is paid for, and may finish."""
         self.stopped = self.stopped or why
         self._stopping.set()
-        while self._line:
-            turn = self._line.popleft()
-            if not turn.done():
-                turn.set_exception(RunStopped(self.stopped))
+        self._admit()
 
 
 # ------------------------------------------------------------------------------------------------------------- one call
@@ -436,7 +434,8 @@ def estimated_usage(text: str) -> Usage:
 
 def most_usage(text: str) -> Usage:
     """What a ticket costs at most: tokenizers that know every byte make no more tokens than there are bytes."""
-    return Usage(PROMPT_BYTES + len(text.encode()) + 64, MAX_TOKENS)
+    most_out = max(MAX_TOKENS, *(EXTRA_BODY.get(name, 0) for name in ("max_tokens", "max_completion_tokens")))
+    return Usage(PROMPT_BYTES + len(text.encode()) + 64, most_out)
 
 
 def cost_usd(model: str, usage: Usage) -> float | None:

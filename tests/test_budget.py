@@ -37,6 +37,14 @@ async def test_the_budget_is_not_passed_over_several_runs_with_forty_in_flight(d
     assert 0.01 < bill_usd(gateway) <= 0.02
 
 
+async def test_the_budget_knows_of_more_tokens_that_the_extra_body_asks_for(desk: Desk):
+    brisk(desk, CONCURRENCY=40, BUDGET_USD=0.02, EXTRA_BODY={"max_tokens": 2000})
+    desk.write(numbered(100))
+    async with Gateway(replace(CHEAP, tokens=(312, 2000))) as gateway:
+        await desk.run(gateway, within_s=30)
+    assert 0.002 < bill_usd(gateway) <= 0.02
+
+
 async def test_a_spent_budget_stops_the_run_and_says_so(desk: Desk):
     brisk(desk)
     desk.write(numbered(50))

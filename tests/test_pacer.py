@@ -1,6 +1,6 @@
 """The real Pacer against the stand-in's own limiters, in virtual time: a minute of waiting takes no time at all.
 
-`python -m tests.test_pacer` prints the whole table, over more seeds.
+`python -m tests.test_pacer [TICKETS]` prints the whole table, over more seeds.
 """
 
 import asyncio
@@ -8,6 +8,7 @@ import itertools
 import math
 import random
 import selectors
+import sys
 from statistics import mean
 
 import pytest
@@ -266,23 +267,37 @@ def test_a_request_that_was_never_sent_tells_nothing_about_the_pace():
 
 
 def test_a_run_that_ends_wakes_everybody_who_waits():
-    async def woken() -> list:
+    async def woken() -> tuple[list, float]:
         pacer = Pacer(600)
         pacer.hold(500)
         waiting = [asyncio.create_task(pacer.turn()) for _ in range(5)]
         await asyncio.sleep(1)
         pacer.stop("enough")
-        return await asyncio.gather(*waiting, return_exceptions=True)
+        return await asyncio.gather(*waiting, return_exceptions=True), asyncio.get_running_loop().time()
 
-    assert [str(error) for error in in_virtual_time(woken())] == ["enough"] * 5
+    errors, at_s = in_virtual_time(woken())
+    assert ([str(error) for error in errors], at_s) == (["enough"] * 5, pytest.approx(1.0))
+
+
+def test_who_was_let_go_just_before_the_run_ends_does_not_start_any_more():
+    async def outcome() -> list:
+        loop, pacer = asyncio.get_running_loop(), Pacer(600)
+        pacer.hold(1.0)
+        waiting = asyncio.create_task(pacer.turn())
+        loop.call_at(1.0 + 1e-10, pacer.stop, "enough")  # in the same turn of the loop, right after the timer
+        return await asyncio.gather(waiting, return_exceptions=True)
+
+    assert [str(error) for error in in_virtual_time(outcome())] == ["enough"]
 
 
 if __name__ == "__main__":
+    tickets = int(sys.argv[1]) if len(sys.argv) > 1 else 1200
     print("| told | limiter | Retry-After | share of the limit: mean, least | refused: mean, most |")
     print("|---|---|---|---|---|")
     for told in TOLD:
         for limiter in LIMITERS:
             for form in FORMS:
-                shares, refused = zip(*(cell(told, limiter, form, seed) for seed in range(100, 110)), strict=True)
+                runs = (cell(told, limiter, form, seed, tickets) for seed in range(100, 110))
+                shares, refused = zip(*runs, strict=True)
                 figures = f"{mean(shares):.3f}, {min(shares):.3f} | {mean(refused):.2%}, {max(refused):.2%}"
                 print(f"| {told} | {limiter} | {form} | {figures} |")

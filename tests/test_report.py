@@ -5,6 +5,7 @@ import random
 import re
 import tomllib
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 
@@ -192,6 +193,18 @@ async def test_a_gateway_without_logprobs_is_told_of_once_and_the_job_goes_on(de
     assert (done.status, done.labels) == (0, dict.fromkeys(numbered(60), "billing"))
     assert done.stderr.count("logprobs") == 1
     assert "logprobs" not in gateway.seen_body
+    assert gateway.billed_twice() == 0
+
+
+@pytest.mark.parametrize("logprob", [-(10**400), math.nan, "much", None, {}])
+async def test_a_nonsensical_logprob_costs_no_ticket(desk: Desk, logprob):
+    brisk(desk, LOGPROBS=True)
+    desk.write(numbered(3))
+    nonsense = {"content": [{"token": "billing", "logprob": logprob}]}
+    with mock.patch("tests.gateway.logprobs_of", return_value=nonsense):
+        async with Gateway(QUICK) as gateway:
+            done = await desk.run(gateway)
+    assert (done.status, done.labels) == (0, dict.fromkeys(numbered(3), "billing"))
     assert gateway.billed_twice() == 0
 
 

@@ -154,6 +154,14 @@ async def test_a_limit_takes_the_first_tickets_only(desk: Desk):
     assert summary(done)[0] == "Classified 3 tickets"
 
 
+async def test_a_limit_above_any_number_of_tickets_takes_them_all(desk: Desk):
+    brisk(desk)
+    desk.write(numbered(3))
+    async with Gateway(QUICK) as gateway:
+        done = await desk.run(gateway, "--limit", "9" * 30)
+    assert (done.status, len(done.labels)) == (0, 3)
+
+
 async def test_without_a_limit_on_the_pace_every_ticket_is_labelled(desk: Desk):
     desk.write(numbered(40))
     async with Gateway(QUICK) as gateway:
@@ -183,6 +191,7 @@ async def test_the_address_may_end_before_the_endpoint(desk: Desk):
         (("--limit", "-3"), {}, "--limit"),
         (("--rpm", "-1"), {}, "--rpm"),
         (("--rpm", "nan"), {}, "--rpm"),
+        (("--rpm", "1e-300"), {}, "--rpm"),
         (("--budget", "-1"), {}, "--budget"),
         (("--budget", "nan"), {}, "--budget"),
         (("-o", "nowhere/labels.jsonl"), {}, "nowhere"),

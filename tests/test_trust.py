@@ -226,6 +226,8 @@ async def test_a_redirect_is_not_followed(fault: str, desk: Desk) -> None:
         "file:///etc/passwd",
         "https://",
         "https:///v1",
+        "https://token-hub..example/v1",
+        f"https://{'a' * 64}.example/v1",
         "https://[::1",
         "http://[127.0.0.1/v1",
         "http://127.0.0.1:99999/v1",
