@@ -92,7 +92,7 @@ class Case:
     def settings(self) -> dict[str, object]:
         """The settings, with fewer retries where they would only take time."""
         few = {"MAX_RETRIES": 2, "MAX_REFUSED_S": 1.5} if self.every == 1 and self.expected != LABELLED else {}
-        return SETTINGS | few | ({"TIMEOUT": 0.4} if self.fault == "hang" else {})
+        return SETTINGS | few | ({"TIMEOUT": 1.0} if self.fault == "hang" else {})
 
     @property
     def script(self) -> Script:
