@@ -867,6 +867,7 @@ class Journal:
         gone = {number for [number] in self.query(query, *values)}
         if not gone:
             return
+        self.file.truncate(self.end)  # a torn last line, which was told of
         with open(self.backup_new, "wb") as backup, open(self.path_new, "wb") as kept:
             backup.writelines(line for _, line in numbered_lines(self.backup))
             backup.write(b"\n")  # should the line before it be torn

@@ -167,6 +167,15 @@ async def test_a_torn_last_line_is_cut_off_and_its_ticket_sent_again(done_desk: 
     assert done.output.read_bytes().startswith(b"".join(whole))
 
 
+async def test_a_torn_last_line_is_told_of_once_though_other_lines_move_to_the_bak(done_desk: Desk, five_labels):
+    done_desk.write(FIVE | {"t0": "Now the app has a bug"})
+    done_desk.output.write_bytes(five_labels[:-20])
+    done, sent = await resume(done_desk)
+    assert (done.status, sent) == (0, sorted(["Now the app has a bug", FIVE["t4"]]))
+    assert done.stderr.count("torn in a crash") == 1
+    assert bak(done_desk) == ["t0"]
+
+
 async def test_a_last_line_without_its_newline_is_kept(done_desk: Desk, five_labels):
     done_desk.write(FIVE | {"new": "The app has a bug", "newer": "The app has an error"})
     done_desk.output.write_bytes(five_labels.rstrip(b"\n"))
