@@ -864,15 +864,19 @@ class Journal:
 
     def retire(self, query: str, *values: object) -> None:
         """Moves the lines that the query numbers to the .bak, so that a crash leaves them in one of the two."""
-        gone = {number for [number] in self.query(query, *values)}
-        if not gone:
+        numbers = self.index.execute(f"{query} ORDER BY line", values)
+        if not (gone := next(numbers, None)):
             return
         self.file.truncate(self.end)  # a torn last line, which was told of
         with open(self.backup_new, "wb") as backup, open(self.path_new, "wb") as kept:
             backup.writelines(line for _, line in numbered_lines(self.backup))
             backup.write(b"\n")  # should the line before it be torn
             for number, line in numbered_lines(self.path):
-                (backup if number in gone else kept).write(line)
+                if (number,) == gone:
+                    backup.write(line)
+                    gone = next(numbers, None)
+                else:
+                    kept.write(line)
             for file in (backup, kept):
                 file.flush()
                 os.fsync(file.fileno())
