@@ -148,6 +148,7 @@ def excerpt(text: str, *secrets: str, limit: int = 200) -> str:
 # -------------------------------------------------------------------------------------------------------------- tickets
 
 
+# of what is the same for every ticket; each one's own text goes on from a copy
 PROMPT_HASH = hashlib.blake2b("\0".join((SYSTEM_PROMPT, *LABELS, "")).encode(), digest_size=16)
 
 
@@ -434,7 +435,7 @@ def estimated_usage(text: str) -> Usage:
 
 def most_usage(text: str) -> Usage:
     """What a ticket costs at most: tokenizers that know every byte make no more tokens than there are bytes."""
-    most_out = max(MAX_TOKENS, *(EXTRA_BODY.get(name, 0) for name in ("max_tokens", "max_completion_tokens")))
+    most_out = max(MAX_TOKENS, *(EXTRA_BODY.get(name) or 0 for name in ("max_tokens", "max_completion_tokens")))
     return Usage(PROMPT_BYTES + len(text.encode()) + 64, most_out)
 
 
@@ -759,7 +760,7 @@ def priced(ticket: Ticket, label: str | None, model: str | None, usage: Usage, *
 def labelled(ticket: Ticket, model: str, answer: Answer) -> Result:
     """The model's answer as a Result; a reply that names no label becomes FALLBACK, and is kept beside it."""
     reply = answer.reply[:MAX_REPLY]
-    label = reply if reply in LABELS else normalize_label(reply)
+    label = reply if reply in LABELS else normalize_label(reply)  # nearly every reply is simply a label
     sure = confidence(answer.tokens, label) if label else None
     kept = None if reply.strip() == label else reply
     return priced(ticket, label or FALLBACK, model, answer.usage, reply=kept, confidence=sure)

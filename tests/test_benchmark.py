@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.benchmark import CELLS
+from tests import trial
+from tests.benchmark import CELLS, main
 from tests.trial import Bench, Outcome, Trial
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +24,14 @@ def test_the_quick_benchmark_runs_every_contestant_and_its_kill_and_prints_the_t
     assert titles == ["(a)", "(e)"]
     for contestant in ("classify.py", "semaphore + gather", "OpenAI SDK", "bare loop"):
         assert f"| {contestant} |" in done.stdout
+
+
+def test_a_contestant_that_breaks_gives_the_benchmark_its_exit_status(tmp_path: Path, monkeypatch):
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise SystemExit(3)")
+    monkeypatch.setitem(trial.PROGRAMS, trial.NAIVE, broken)
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--quick", "--tickets", "20", "d"])
+    assert main() == 1
 
 
 class Untried(Bench):

@@ -37,8 +37,9 @@ async def test_the_budget_is_not_passed_over_several_runs_with_forty_in_flight(d
     assert 0.01 < bill_usd(gateway) <= 0.02
 
 
-async def test_the_budget_knows_of_more_tokens_that_the_extra_body_asks_for(desk: Desk):
-    brisk(desk, CONCURRENCY=40, BUDGET_USD=0.02, EXTRA_BODY={"max_tokens": 2000})
+@pytest.mark.parametrize("more", [{"max_tokens": 2000}, {"max_tokens": None, "max_completion_tokens": 2000}])
+async def test_the_budget_knows_of_more_tokens_that_the_extra_body_asks_for(desk: Desk, more):
+    brisk(desk, CONCURRENCY=40, BUDGET_USD=0.02, EXTRA_BODY=more)
     desk.write(numbered(100))
     async with Gateway(replace(CHEAP, tokens=(312, 2000))) as gateway:
         await desk.run(gateway, within_s=30)

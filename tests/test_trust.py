@@ -287,6 +287,14 @@ async def test_a_proxy_of_the_environment_gets_the_connection_but_not_the_key(de
     assert KEY.encode() not in heard[0]
 
 
+async def test_a_proxy_with_an_impossible_name_fails_the_ticket_and_not_the_program(desk: Desk) -> None:
+    brisk(desk, MAX_RETRIES=0)
+    desk.write(numbered(1))
+    done = await desk.run(None, *NO_LIMIT, TOKENHUB_URL="https://token-hub.invalid/v1", https_proxy="http://a..b:1")
+    assert (done.status, done.labels) == (1, {})
+    assert "ticket t0 failed: no connection" in done.stderr
+
+
 async def test_a_netrc_file_changes_nothing(desk: Desk) -> None:
     brisk(desk)
     desk.write(numbered(3))
