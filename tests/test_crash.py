@@ -244,7 +244,7 @@ async def until_it_says(process: asyncio.subprocess.Process, word: bytes) -> byt
     [("status_429_retry", {}), ("status_503", {"BACKOFF_S": 30.0, "BACKOFF_MAX_S": 30.0}), ("status_401", {})],
 )
 async def test_a_signal_ends_every_wait(desk: Desk, fault: str, settings: dict[str, object]) -> None:
-    desk.edit(**SETTINGS | {"KEY_GRACE_S": 60.0, "MAX_REFUSED_S": 60.0} | settings)
+    desk.edit(**SETTINGS | {"KEY_GRACE_S": 60.0, "MAX_STUCK_S": 60.0} | settings)
     desk.write(numbered(5))
     async with Gateway(Script(rpm=0, refusal_s=0, retry_after="55", faults=(Fault(fault),))) as gateway:
         process = await desk.start(gateway, "--rpm", "0")

@@ -45,11 +45,13 @@ async def test_a_dry_run_estimates_the_tokens_and_the_cost_of_each_model(desk: D
         assert gateway.requests == 0
         done = await desk.run(gateway)
     assert done.status == 0
-    [tokens_in] = re.findall(r"^Tokens *: about ([\d,]+) in", shown, re.M)
-    assert int(tokens_in.replace(",", "")) == pytest.approx(gateway.tokens_in, rel=0.1)
     for model, count in (("deepseek-chat", 50), ("qwen2.5-72b-instruct", 20)):
-        [usd] = re.findall(rf"{re.escape(model)}, {count} tickets, about \$(\d+\.\d+)", shown)
-        assert float(usd) == pytest.approx(sum(x["cost_usd"] for x in done.lines if x["model"] == model), rel=0.1)
+        lines = [line for line in done.lines if line["model"] == model]
+        [(tokens, usd)] = re.findall(
+            rf"{re.escape(model)}, {count} tickets, about ([\d,]+) tokens in, \$(\d+\.\d+)", shown
+        )
+        assert int(tokens.replace(",", "")) == pytest.approx(sum(x["tokens_in"] for x in lines), rel=0.1)
+        assert float(usd) == pytest.approx(sum(x["cost_usd"] for x in lines), rel=0.1)
 
 
 def test_a_dry_run_tells_the_least_time_and_whether_the_budget_will_hold(desk: Desk):
@@ -69,13 +71,6 @@ async def test_a_run_begins_with_the_estimate_in_one_line(desk: Desk):
 
 
 # ---- After: how the labels compare with those that people gave
-
-
-def rows(done: Done, cells: int) -> list[list[float]]:
-    """The numbers of the report's tables that begin with a label and have so many columns."""
-    table = [line.split() for line in done.stdout.splitlines() if line.split()[:1] and line.split()[0] in LABELS]
-    assert {row[0] for row in table} == set(LABELS)
-    return [[float(cell) for cell in row[1:]] for row in table if len(row) == cells + 1]
 
 
 def accuracy(done: Done) -> list[float]:
@@ -112,9 +107,8 @@ def random_case(seed: int, count: int, labels: list[str], right: float) -> tuple
     ],
     ids=["usual", "odd", "all right", "all wrong"],
 )
-async def test_the_evaluation_is_what_scikit_learn_and_scipy_say(desk: Desk, case):
+async def test_the_accuracy_and_its_interval_are_what_scipy_says(desk: Desk, case):
     from scipy.stats import binomtest  # slow to import, and wanted here only
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
     gold, given = case
     brisk(desk)
@@ -122,43 +116,18 @@ async def test_the_evaluation_is_what_scikit_learn_and_scipy_say(desk: Desk, cas
     right, of = sum(map(str.__eq__, gold, given)), len(gold)
     interval = binomtest(right, of).proportion_ci(method="wilson")
     assert accuracy(done) == pytest.approx([right / of, interval.low, interval.high, of], abs=6e-4)
-    expected = zip(*precision_recall_fscore_support(gold, given, labels=list(LABELS), zero_division=0), strict=True)
-    for row, sklearns in zip(rows(done, 4), expected, strict=True):
-        assert row == pytest.approx(sklearns, abs=6e-4)
-    assert rows(done, 5) == confusion_matrix(gold, given, labels=list(LABELS)).tolist()
 
 
 async def test_rows_without_a_label_of_their_own_do_not_count(desk: Desk):
     brisk(desk)
     done = await evaluated(desk, ["bug", "", "bug", "", "other"], ["bug", "bug", "other", "other", "other"])
     assert accuracy(done)[0::3] == [0.667, 3]
-    assert sum(map(sum, rows(done, 5))) == 3
 
 
 async def test_without_labels_of_people_there_is_no_evaluation(desk: Desk):
     brisk(desk)
     done = await evaluated(desk, [""] * 3, ["bug"] * 3)
     assert not re.search("accuracy|precision", done.stdout, re.I)
-
-
-async def test_accuracy_is_told_for_each_model_and_language(desk: Desk):
-    brisk(desk, CHINESE_MODEL="qwen2.5-72b-instruct")
-    english = [(f"e{n}", f"ticket {n}", "bug" if n else "other") for n in range(4)]
-    chinese = [(f"c{n}", f"发票 {n}", "bug" if n > 1 else "other") for n in range(4)]
-    desk.write(english + chinese, header=("id", "body", "label"))
-    async with Gateway(replace(QUICK, reply=lambda text: "bug")) as gateway:
-        done = await desk.run(gateway)
-    assert re.search(r"^deepseek-chat.*: 0\.750 .* of 4$", done.stdout, re.M)
-    assert re.search(r"^qwen2.5-72b-instruct.*: 0\.500 .* of 4$", done.stdout, re.M)
-
-
-async def test_accuracy_is_told_for_each_language_under_one_model(desk: Desk):
-    brisk(desk)
-    desk.write([("e", "Hello", "bug"), ("c", "发票", "other")], header=("id", "body", "label"))
-    async with Gateway(replace(QUICK, reply=lambda text: "bug")) as gateway:
-        done = await desk.run(gateway)
-    assert re.search(r"^.*not Chinese: 1\.000 .* of 1$", done.stdout, re.M)
-    assert re.search(r"^.*(?<!not )Chinese: 0\.000 .* of 1$", done.stdout, re.M)
 
 
 # ---- After: confidence
@@ -184,16 +153,24 @@ async def test_without_logprobs_asked_for_no_line_has_a_confidence(desk: Desk):
     assert not any("confidence" in line for line in done.lines)
 
 
-@pytest.mark.parametrize("logprobs", ["refuse", "ignore"])
-async def test_a_gateway_without_logprobs_is_told_of_once_and_the_job_goes_on(desk: Desk, logprobs):
+async def test_a_gateway_that_refuses_logprobs_says_so_in_its_own_words(desk: Desk):
     brisk(desk, LOGPROBS=True)
     desk.write(numbered(60))
-    async with Gateway(replace(QUICK, logprobs=logprobs)) as gateway:
+    async with Gateway(replace(QUICK, logprobs="refuse")) as gateway:
         done = await desk.run(gateway)
-    assert (done.status, done.labels) == (0, dict.fromkeys(numbered(60), "billing"))
-    assert done.stderr.count("logprobs") == 1
-    assert "logprobs" not in gateway.seen_body
-    assert gateway.billed_twice() == 0
+    assert (done.status, done.labels) == (1, {})
+    assert gateway.requests < 60
+    [stopped] = [line for line in done.stderr.splitlines() if line.startswith("stopped: ")]
+    assert "logprobs is not supported" in stopped
+
+
+async def test_a_gateway_that_ignores_logprobs_gives_labels_without_confidence(desk: Desk):
+    brisk(desk, LOGPROBS=True)
+    desk.write(numbered(30))
+    async with Gateway(replace(QUICK, logprobs="ignore")) as gateway:
+        done = await desk.run(gateway)
+    assert (done.status, len(done.labels)) == (0, 30)
+    assert not any("confidence" in line for line in done.lines)
 
 
 @pytest.mark.parametrize("logprob", [-(10**400), math.nan, "much", None, {}])
@@ -208,18 +185,11 @@ async def test_a_nonsensical_logprob_costs_no_ticket(desk: Desk, logprob):
     assert gateway.billed_twice() == 0
 
 
-async def test_accuracy_is_told_by_confidence(desk: Desk):
-    brisk(desk, LOGPROBS=True)
-    done = await evaluated(desk, ["bug", "bug", "other"], ["bug", "feature-request", "other"])
-    assert re.search(r"^confidence from 0\.95: 0\.667 .* of 3$", done.stdout, re.M)
-    assert re.search(r"^confidence from 0\.99: 1\.000 .* of 2$", done.stdout, re.M)
-
-
 # ---- After: what the provider's cache saved
 
 
 @pytest.mark.parametrize("style", ["deepseek", "openai"])
-async def test_cached_tokens_are_priced_as_such_and_what_they_saved_is_told(desk: Desk, style):
+async def test_cached_tokens_are_priced_as_such_and_their_share_is_told(desk: Desk, style):
     brisk(desk)
     desk.write(numbered(20))
     async with Gateway(replace(QUICK, tokens=(10_000, 3), cached_tokens=8_000, cached_style=style)) as gateway:
@@ -227,9 +197,7 @@ async def test_cached_tokens_are_priced_as_such_and_what_they_saved_is_told(desk
     usd = 20 * (2_000 * 0.27 + 8_000 * 0.07 + 3 * 1.10) / 1e6
     assert summary(done) == ["Classified 20 tickets", "Tokens: 200,000 in / 60 out", f"Cost  : ${usd:.4f}"]
     assert all(line["tokens_cached"] == 8_000 for line in done.lines)
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("Cached")]
-    assert "80%" in line
-    assert f"${20 * 8_000 * 0.20 / 1e6:.4f}" in line
+    assert "Cached: 80% of the tokens in" in done.stdout
 
 
 # ---- What the program needs

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import classify
 from classify import parse_result
 from tests.conftest import Desk, Done, numbered
 from tests.gateway import Gateway
@@ -56,7 +55,7 @@ async def resume(desk: Desk, *arguments: str) -> tuple[Done, list[str]]:
 
 
 def bak(desk: Desk) -> list[str]:
-    """The ids in labels.jsonl.bak."""
+    """The ids of the lines in labels.jsonl.bak."""
     path = desk.folder / "labels.jsonl.bak"
     return [json.loads(line)["id"] for line in path.read_bytes().splitlines() if line.strip()] if path.exists() else []
 
@@ -148,10 +147,130 @@ def test_a_ticket_equal_to_one_of_an_earlier_run_is_not_asked_again(done_desk: D
     assert "Identical: 1 tickets" in done.stdout
 
 
+# ---- Asked before, in whatever run
+
+
+async def test_a_prompt_that_is_changed_and_changed_back_is_not_paid_again(done_desk: Desk, five_labels):
+    brisk(done_desk, SYSTEM_PROMPT="Sort it.")
+    await resume(done_desk)
+    brisk(done_desk)
+    done, sent = await resume(done_desk)
+    assert (done.status, sent) == (0, [])
+    assert sorted(done.output.read_bytes().splitlines()) == sorted(five_labels.splitlines()), "the very same lines"
+    brisk(done_desk, SYSTEM_PROMPT="Sort it.")
+    again, sent = await resume(done_desk)
+    assert (again.status, sent) == (0, [])
+    assert len(bak(done_desk)) == 10, "each line that was ever paid stands there once"
+    assert summary(again)[1:] == summary(done)[1:], "what was paid, and counted once"
+
+
+@pytest.mark.parametrize("change", [{"EXTRA_BODY": {"top_p": 0.5}}, {"MODEL": "qwen2.5-72b-instruct"}], ids=str)
+async def test_another_model_or_request_labels_every_ticket_anew_and_says_so_first(done_desk: Desk, change):
+    brisk(done_desk, **change)
+    done, sent = await resume(done_desk)
+    assert (done.status, sent) == (0, sorted(FIVE.values()))
+    assert "; replaces 5 lines" in done.stderr.splitlines()[0]
+    brisk(done_desk)
+    assert (await resume(done_desk))[1] == []
+
+
+async def test_a_model_that_was_tried_and_left_again_is_not_paid_again(done_desk: Desk):
+    _, sent = await resume(done_desk, "--model", "qwen2.5-72b-instruct")
+    assert sent == sorted(FIVE.values())
+    for arguments in ((), ("--model", "qwen2.5-72b-instruct"), ()):
+        done, sent = await resume(done_desk, *arguments)
+        assert (done.status, sent, len(done.labels)) == (0, [], 5)
+
+
+async def test_a_limit_after_a_change_touches_so_many_lines_only(done_desk: Desk, five_labels):
+    brisk(done_desk, SYSTEM_PROMPT="Sort it.")
+    done, sent = await resume(done_desk, "--limit", "1")
+    assert (done.status, sent, bak(done_desk)) == (0, [FIVE["t0"]], ["t0"])
+    assert done.output.read_bytes().startswith(b"".join(five_labels.splitlines(keepends=True)[1:]))
+
+
 async def test_equal_tickets_are_asked_of_each_model_once(done_desk: Desk):
-    done_desk.write(FIVE | {"new": FIVE["t2"]})
+    done_desk.write({f"{copy}{id_}": body for id_, body in FIVE.items() for copy in "ab"})
     done, sent = await resume(done_desk, "--model", "qwen2.5-72b-instruct")
-    assert (done.status, sent) == (0, [FIVE["t2"]])
+    assert (done.status, len(sent), len(done.labels)) == (0, 5, 10 + 5)
+
+
+async def test_a_changed_fallback_relabels_what_had_the_old_one_and_costs_nothing(desk: Desk):
+    brisk(desk)
+    desk.write({"empty": "", "a": "first", "b": "second", "c": "third"})
+    async with Gateway(replace(QUICK, reply=lambda text: "other" if text == "third" else "hm")) as gateway:
+        await desk.run(gateway)
+    lines = {line["id"]: line for line in map(json.loads, desk.output.read_bytes().splitlines())}
+    lines["b"]["label"] = "billing"  # a person looked at it
+    desk.output.write_text("".join(json.dumps(line) + "\n" for line in lines.values()))
+    brisk(desk, FALLBACK="bug")
+    done = await desk.run(None, TOKENHUB_URL="http://127.0.0.1:9/v1")
+    assert done.labels == {"empty": "bug", "a": "bug", "b": "billing", "c": "other"}
+    assert sorted(bak(desk)) == ["a", "empty"]
+    assert summary(done)[1] == f"Tokens: {sum(x['tokens_in'] for x in lines.values()):,} in / 4 out"
+
+
+# ---- Files of the user's own
+
+
+@pytest.mark.parametrize("name", ["labels.jsonl.new", "labels.jsonl.tmp", "labels.jsonl~", ".labels.jsonl.swp"])
+async def test_no_other_file_beside_the_output_is_touched_or_believed(done_desk: Desk, name: str):
+    theirs = done_desk.folder / name
+    theirs.write_bytes(b'{"id": "t1", "label": "bug"}\n')
+    done_desk.write(FIVE | {"t3": "Now the app has a bug"})
+    done, sent = await resume(done_desk)
+    assert (done.status, sent) == (0, ["Now the app has a bug"])
+    assert done.labels["t1"] == "billing"
+    assert theirs.read_bytes() == b'{"id": "t1", "label": "bug"}\n'
+    names = {"classify.py", "tickets.csv", "labels.jsonl", "labels.jsonl.bak", "labels.jsonl.lock", name}
+    assert {path.name for path in done_desk.folder.iterdir()} == names
+
+
+def test_a_copy_that_the_user_made_as_bak_does_not_double_the_cost(done_desk: Desk, five_labels):
+    (done_desk.folder / "labels.jsonl.bak").write_bytes(five_labels)
+    done = run_here(done_desk)
+    assert summary(done) == ["Classified 5 tickets", "Tokens: 1,560 in / 15 out", "Cost  : $0.0004"]
+
+
+def by_an_editor(output: Path) -> None:
+    """Writes a file of its own and renames it, as most editors do."""
+    copy = output.with_name("edited")
+    copy.write_bytes(output.read_bytes())
+    copy.replace(output)
+
+
+def in_place(output: Path) -> None:
+    with open(output, "ab") as file:
+        file.write(b"\n")
+
+
+CHANGES = {
+    "replaced": by_an_editor,
+    "changed in place": in_place,
+    "cut short": lambda output: os.truncate(output, 300),
+    "deleted": Path.unlink,
+    "its lock deleted": lambda output: output.with_name("labels.jsonl.lock").unlink(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+async def test_an_output_that_is_changed_during_the_run_stops_it_and_no_answer_is_lost(desk: Desk, change):
+    brisk(desk, CONCURRENCY=4)
+    desk.write(numbered(60))
+    async with Gateway(replace(QUICK, latency_s=0.05)) as gateway:
+        process = await desk.start(gateway)
+        await until(lambda: gateway.answered >= 20 and desk.output.stat().st_size > 1000)
+        change(desk.output)
+        left = desk.output.read_bytes() if desk.output.exists() else b""
+        done = await desk.finish(process)
+        assert done.status == 1
+        assert "stopped: " in done.stderr
+        assert ".bak" in done.stderr
+        assert 20 <= gateway.requests <= 32
+        assert (desk.output.read_bytes() if desk.output.exists() else b"") == left or "lock" in str(change)
+        desk.output.write_bytes(b"".join(left.splitlines(keepends=True)[:1]))  # the rest was lost by the editor
+        again = await desk.run(gateway)
+    assert (again.status, len(again.labels)) == (0, 60)
 
 
 # ---- What a crash or an editor leaves in labels.jsonl
@@ -165,15 +284,6 @@ async def test_a_torn_last_line_is_cut_off_and_its_ticket_sent_again(done_desk: 
     assert (done.status, sent) == (0, [FIVE["t4"]])
     assert done.labels == dict.fromkeys(FIVE, "billing")
     assert done.output.read_bytes().startswith(b"".join(whole))
-
-
-async def test_a_torn_last_line_is_told_of_once_though_other_lines_move_to_the_bak(done_desk: Desk, five_labels):
-    done_desk.write(FIVE | {"t0": "Now the app has a bug"})
-    done_desk.output.write_bytes(five_labels[:-20])
-    done, sent = await resume(done_desk)
-    assert (done.status, sent) == (0, sorted(["Now the app has a bug", FIVE["t4"]]))
-    assert done.stderr.count("torn in a crash") == 1
-    assert bak(done_desk) == ["t0"]
 
 
 async def test_a_last_line_without_its_newline_is_kept(done_desk: Desk, five_labels):
@@ -203,14 +313,13 @@ def test_blank_lines_and_windows_line_ends_are_understood(done_desk: Desk, five_
         lambda line: b"\xff\xfe\x00",
         lambda line: b"[" * 100_000,
         lambda line: line.replace(b'"t1"', b'"t0"'),
-        lambda line: line.replace(b'"billing"', b'"invoices"'),
         lambda line: line.replace(b'"billing"', b"null"),
         lambda line: line.replace(b"312", b"-312"),
         lambda line: line.replace(b"312", b'"many"'),
         lambda line: line.replace(b'"id": "t1", ', b""),
     ],
     ids=[
-        "torn", "foreign", "array", "text", "binary", "nested", "id twice", "label unknown", "label null", "negative",
+        "torn", "foreign", "array", "text", "binary", "nested", "id twice", "label null", "negative",
         "number as text", "no id",
     ],
 )  # fmt: skip
@@ -225,6 +334,13 @@ def test_a_line_that_is_not_understood_is_refused_with_its_number_and_the_file_l
     assert (done.status, done.stdout, done.output.read_bytes()) == (2, "", content)
     assert "labels.jsonl:2:" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+async def test_a_label_that_is_not_in_the_list_is_asked_anew(done_desk: Desk, five_labels):
+    done_desk.output.write_bytes(five_labels.replace(b'"t0", "label": "billing"', b'"t0", "label": "invoices"'))
+    done, sent = await resume(done_desk)
+    assert (done.status, sent, bak(done_desk)) == (0, [FIVE["t0"]], ["t0"])
+    assert "; replaces 1 lines" in done.stderr
 
 
 def test_an_unknown_label_on_the_line_of_a_removed_ticket_is_no_obstacle(done_desk: Desk, five_labels):
@@ -379,11 +495,14 @@ async def test_a_full_disk_stops_the_run_and_leaves_whole_lines_and_the_next_run
     assert gateway.billed_twice() <= 4
 
 
-def test_a_second_line_for_an_id_is_taken_back(tmp_path):
-    journal = classify.Journal(tmp_path / "labels.jsonl")
-    journal.open()
-    result = classify.Result("t1", "bug", "deepseek-chat", 312, 3, 0.0001, "digest")
-    journal.append(result)
-    with pytest.raises(classify.RunStopped):  # as when tickets.csv is overwritten while it is read
-        journal.append(replace(result, label="other"))
-    assert journal.path.read_bytes() == result.line()
+async def test_tickets_that_change_after_the_check_stop_the_run(desk: Desk):
+    brisk(desk, CONCURRENCY=1)
+    desk.write(numbered(2000))
+    async with Gateway(replace(QUICK, latency_s=0.05)) as gateway:
+        process = await desk.start(gateway)
+        await until(lambda: gateway.answered >= 3)
+        desk.write(numbered(2000, "my invoice is fine!"))  # as long as it was
+        done = await desk.finish(process)
+    assert done.status == 1
+    assert "changed since it was checked" in done.stderr
+    assert set(done.labels.values()) == {"billing"}
