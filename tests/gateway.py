@@ -7,7 +7,9 @@ In a test, against the real client over a real socket:
 
 In a shell, from the root of the repository, for any command that reads TOKENHUB_URL and TOKENHUB_KEY:
 
-    python -m tests.gateway --rpm 600 --fault status_503:20 -- python classify.py
+    python -m tests.gateway --rpm 600 --fault status_503:20 --fault status_429_retry:3% -- python classify.py
+
+It can also be one of the real servers, with its rules and its model's manners: --server llama.cpp.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import re
 import signal
 import sys
 import time
+import zlib
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -59,6 +62,11 @@ def tokens_of(messages: list[dict]) -> int:
     return round(10 + 0.3 * (len(text) - chinese) + 0.6 * chinese)
 
 
+def tokens_out_of(content: str) -> int:
+    """As tokens_of, of an answer."""
+    return max(1, math.ceil(len(content) / 4))
+
+
 def logprobs_of(content: str) -> dict:
     """The shape of OpenAI's logprobs; the numbers are made up."""
     tokens = ({"token": token, "bytes": list(token.encode())} for token in re.findall(r"\w+|\W+", content))
@@ -74,6 +82,7 @@ class Fault:
 
     name: str  # a key of FAULTS
     every: int = 1  # 5 = each fifth request, counted from 1
+    share: float = 1.0  # 0.03 = 3% of the requests, at random
     first: int = 0  # the first and the last request, by number
     last: float = math.inf
     until_s: float = math.inf  # an outage that ends so long after the gateway's start
@@ -83,13 +92,16 @@ class Fault:
         """Refuse a misspelt name at once, since a fault that never happens makes a test pass for nothing."""
         if self.name not in FAULTS:
             raise ValueError(f"no fault is named {self.name!r}; there are: {', '.join(sorted(FAULTS))}")
+        if self.every < 1 or not 0 < self.share <= 1:
+            raise ValueError("a fault hits every 1st, 2nd, ... request, or a share of more than 0% and at most 100%")
 
-    def hits(self, call: Call, now: float) -> bool:
+    def hits(self, call: Call, now: float, dice: random.Random) -> bool:
         return (
             call.number % self.every == 0
             and self.first <= call.number <= self.last
             and now < self.until_s
             and self.matching in call.text
+            and (self.share == 1 or dice.random() < self.share)
         )
 
 
@@ -103,6 +115,7 @@ class Script:
     window_s: float = 60.0  # of the other two, which allow rpm * window_s / 60 requests in each window
     max_in_flight: int = 0  # above it 429, as DeepSeek does; 0 = no such limit
     servers: int = 0  # requests worked on at once while others queue, as a small local server; 0 = no queue
+    frees_aborted: bool = False  # True: who goes away leaves queue and work, and is not billed; else the work goes on
 
     latency_s: float = 0.4  # to an answer
     jitter: float = 0.0  # 0.3 = latency drawn evenly from 30% below to 30% above
@@ -117,7 +130,13 @@ class Script:
     faults: tuple[Fault, ...] = ()  # the first one that hits is what happens
     key: str | None = None  # any other key gets 401; None = every key is good
     reply: Callable[[str], str] = keyword_label  # text of the ticket -> content of the answer
+    server: str = ""  # a key of SERVERS, whose rules are enforced; "" = token-hub, which takes everything
     seed: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse a misspelt server at once, as Fault does."""
+        if self.server and self.server not in SERVERS:
+            raise ValueError(f"no server is named {self.server!r}; there are: {', '.join(SERVERS)}")
 
 
 TOKEN_HUB = Script()
@@ -254,6 +273,273 @@ async def refuse(
     return web.Response(status=status, body=body, content_type=mime, headers=headers)
 
 
+# ---- The servers: what each real one refuses, when its model thinks, what it holds answers to ----------
+
+# From their source, their documentation, their users' reports, and a run of llama.cpp. The model behind each is
+# still keyword_label, with a real one's manners.
+
+THOUGHTS = "Okay, the user sent a ticket about something. Let me see which of the labels fits best. " * 20
+THOUGHT_TOKENS = 400
+
+
+def luck(text: str) -> int:
+    """From 0 to 7, always the same for a text."""
+    return zlib.crc32(text.encode(errors="replace")) % 8
+
+
+def answers_of_schema(schema: dict, pretty: bool = True) -> list[str] | None:
+    """The answers that a JSON schema leaves: one for each value of its enum; None where it has no such list."""
+    layout = {"indent": 2} if pretty else {"separators": (",", ":")}
+    match schema:
+        case {"enum": list(values)}:
+            return [json.dumps(value) for value in values]
+        case {"type": "object", "properties": dict(properties)} if len(properties) == 1:
+            [(name, inner)] = properties.items()
+            return [json.dumps({name: value}, **layout) for value in inner["enum"]] if "enum" in inner else None
+    return None
+
+
+class Refused(Exception):
+    """What a server answers instead of working on a request."""
+
+    def __init__(self, status: int, **fields: object) -> None:
+        super().__init__(fields["message"])
+        self.status, self.body = status, json.dumps({"error": fields}).encode()
+
+
+def invalid_request(message: str, param: str | None = None, code: str | None = None) -> Refused:
+    """A 400 as OpenAI words it, and those who copied it."""
+    return Refused(400, message=message, type="invalid_request_error", param=param, code=code)
+
+
+def unsupported_value(param: str, problem: str) -> Refused:
+    """OpenAI's refusal of a field that it knows, but not so."""
+    return invalid_request(f"Unsupported value: {problem}", param, "unsupported_value")
+
+
+NO_MAX_TOKENS = (
+    "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+    "max_tokens",
+    "unsupported_parameter",
+)
+
+
+class Server:
+    """A server that takes everything, whose model does not think and is held to nothing."""
+
+    limits: tuple[str, ...] = ("max_tokens",)  # the fields that it reads
+    cached_style = ""  # of its usage
+    thoughts = ""  # the field of the message in which it shows them
+    nothing: str | None = ""  # the content where the thoughts took all tokens
+    shows_cut = True  # whether an answer that was cut off is shown as far as it came
+
+    def allowed(self, body: dict) -> list[str] | None:
+        """The answers to which the request holds the model, None where to none; raises Refused."""
+        schema = self.schema(body)
+        return answers_of_schema(schema) if schema else None
+
+    def schema(self, body: dict) -> dict | None:
+        """That of `response_format`."""
+        match body.get("response_format"):
+            case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+                return schema
+        return None
+
+    def thought_tokens(self, body: dict, text: str) -> int:
+        """How long the model thinks before it answers."""
+        return 0
+
+    def answer(self, body: dict, text: str, label: str) -> tuple[dict, str, int, int]:
+        """The message, its finish_reason, the tokens of it all, and those of the thoughts."""
+        allowed = self.allowed(body)
+        if allowed is None:  # then a real model says now and then what it likes
+            content = {0: f"I think this is about {label}", 1: "thank-you"}.get(luck(text), label)
+        else:
+            content = min((answer for answer in allowed if label in answer), key=len, default=allowed[0])
+        thought, spoken = self.thought_tokens(body, text), tokens_out_of(content)
+        if content.startswith(("{", '"')):  # a small model of llama.cpp wrote 33 characters of JSON with 30 tokens
+            spoken = len(content) + 1
+        most = min((body[name] for name in self.limits if body.get(name) is not None), default=math.inf)
+        finish_reason = "stop" if thought + spoken <= most else "length"
+        if finish_reason == "length":
+            if thought >= most or not self.shows_cut:
+                content, thought, spoken = self.nothing, most, 0
+            else:
+                room = most - thought
+                content, spoken = content[: len(content) * room // spoken], room
+        message = {"role": "assistant", "content": content}
+        if thought and self.thoughts:
+            message[self.thoughts] = THOUGHTS[: 4 * thought]
+        return message, finish_reason, thought + spoken, thought
+
+
+class DeepSeekV4(Server):
+    """api.deepseek.com: thinks unless told not to, and has no json_schema."""
+
+    cached_style = "deepseek"
+    thoughts = "reasoning_content"
+
+    def allowed(self, body: dict) -> list[str] | None:
+        if self.schema(body):
+            raise invalid_request("This response_format type is unavailable now", code="invalid_request_error")
+        return None
+
+    def thought_tokens(self, body: dict, text: str) -> int:
+        return 0 if body.get("thinking") == {"type": "disabled"} else THOUGHT_TOKENS
+
+
+class OpenAIReasoning(Server):
+    """api.openai.com with a model that reasons: refuses by name what it does not know; what is cut off is not shown."""
+
+    limits = ("max_completion_tokens",)
+    cached_style = "openai"
+    shows_cut = False
+    fields = (
+        "audio|frequency_penalty|logit_bias|logprobs|max_completion_tokens|max_tokens|messages|metadata|modalities|"
+        "model|n|parallel_tool_calls|prediction|presence_penalty|prompt_cache_key|reasoning_effort|response_format|"
+        "safety_identifier|seed|service_tier|stop|store|stream|stream_options|temperature|tool_choice|tools|"
+        "top_logprobs|top_p|user|verbosity|web_search_options"
+    )
+
+    def __init__(self, efforts: tuple[str, ...], default: str) -> None:
+        self.efforts, self.default = efforts, default
+
+    def allowed(self, body: dict) -> list[str] | None:
+        effort, heat = body.get("reasoning_effort", self.default), body.get("temperature", 1)
+        if unknown := sorted(body.keys() - set(self.fields.split("|"))):
+            raise invalid_request(f"Unrecognized request argument supplied: {unknown[0]}")
+        if "max_tokens" in body:
+            raise invalid_request(*NO_MAX_TOKENS)
+        if effort not in self.efforts:
+            *most, last = (f"'{name}'" for name in self.efforts)
+            problem = f"'reasoning_effort' does not support '{effort}' with this model. Supported values are: "
+            raise unsupported_value("reasoning_effort", f"{problem}{', '.join(most)}, and {last}.")
+        if effort != "none" and heat != 1:
+            problem = f"'temperature' does not support {heat} with this model. Only the default (1) value is supported."
+            raise unsupported_value("temperature", problem)
+        schema = self.schema(body)
+        return self.allowed_by(**body["response_format"]["json_schema"]) if schema is not None else None
+
+    def allowed_by(self, schema: dict, name: str = "", strict: bool = False, **_: object) -> list[str] | None:
+        """The answers that a schema leaves, where it keeps to the rules; only a strict one holds the model."""
+        problem = ""
+        if not name:
+            where = "response_format.json_schema.name"
+            raise invalid_request(f"Missing required parameter: '{where}'.", where, "missing_required_parameter")
+        if schema.get("type") != "object":
+            problem = f"schema must be a JSON Schema of 'type: \"object\"', got 'type: \"{schema.get('type')}\"'."
+        elif strict and schema.get("additionalProperties") is not False:
+            problem = "In context=(), 'additionalProperties' is required to be supplied and to be false."
+        elif strict and set(schema.get("required", ())) != set(schema["properties"]):
+            rule = "is required to be supplied and to be an array including every key in properties."
+            problem = f"In context=(), 'required' {rule}"
+        elif strict and (untyped := [name for name, inner in schema["properties"].items() if "type" not in inner]):
+            problem = f"In context=('properties', '{untyped[0]}'), schema must have a 'type' key."
+        if problem:
+            raise invalid_request(f"Invalid schema for response_format '{name}': {problem}", "response_format")
+        return answers_of_schema(schema, pretty=False) if strict else None
+
+    def thought_tokens(self, body: dict, text: str) -> int:
+        match body.get("reasoning_effort", self.default):
+            case "none":
+                return 0
+            case "minimal":  # few or none, and always a multiple of 64
+                return {0: 128, 1: 64, 2: 64}.get(luck(text), 0)
+        return 7 * 64
+
+
+class OllamaQwen3(Server):
+    """Ollama's /v1 with a model that can think: it does unless told not to; unknown fields are ignored."""
+
+    thoughts = "reasoning"
+
+    def effort(self, body: dict) -> str:
+        """As asked for; `think`, which its own API reads, is not read here."""
+        effort = (body.get("reasoning") or {}).get("effort") or body.get("reasoning_effort") or ""
+        if effort not in ("", "minimal", "low", "medium", "high", "xhigh", "ultra", "max", "none"):
+            raise invalid_request(
+                f'invalid reasoning value: "{effort}" (must be "minimal", "low", "medium", "high", "xhigh", "ultra", '
+                '"max", or "none")'
+            )
+        return effort
+
+    def allowed(self, body: dict) -> list[str] | None:
+        self.effort(body)
+        return super().allowed(body)
+
+    def thought_tokens(self, body: dict, text: str) -> int:
+        return 0 if self.effort(body) == "none" else THOUGHT_TOKENS
+
+
+class SelfHosted(Server):
+    """What vLLM and llama.cpp have in common: unknown fields are ignored, the chat template says whether to think."""
+
+    limits = ("max_completion_tokens", "max_tokens")
+
+    def __init__(self, can_think: bool = False) -> None:
+        self.can_think = can_think
+
+    def thought_tokens(self, body: dict, text: str) -> int:
+        told = (body.get("chat_template_kwargs") or {}).get("enable_thinking", True)
+        return THOUGHT_TOKENS if self.can_think and told else 0
+
+
+class VLLM(SelfHosted):
+    """vLLM since 0.12; a model that can think stands behind a reasoning parser."""
+
+    thoughts = "reasoning"
+    nothing = None
+
+    def allowed(self, body: dict) -> list[str] | None:
+        choice = (body.get("structured_outputs") or {}).get("choice")  # `guided_choice` is no field of it any more
+        if choice == []:
+            raise Refused(400, message="Choice '[]' cannot be empty", type="BadRequestError", param=None, code=400)
+        return choice or super().allowed(body)
+
+
+class LlamaCpp(SelfHosted):
+    """llama-server; it takes a grammar to the thoughts as well."""
+
+    thoughts = "reasoning_content"
+    string = r'"(?:[^"\\]|\\.)+"'
+
+    def allowed(self, body: dict) -> list[str] | None:
+        grammar, form = body.get("grammar"), body.get("response_format") or {}
+        if grammar and body.get("json_schema"):
+            raise Refused(500, code=500, message="Cannot use both json_schema and grammar", type="server_error")
+        if (kind := form.get("type", "text")) not in ("text", "json_object", "json_schema"):
+            message = f'response_format type must be one of "text" or "json_object", but got: {kind}'
+            raise Refused(400, code=400, message=message, type="invalid_request_error")
+        if schema := body.get("json_schema") or self.schema(body):
+            return answers_of_schema(schema)
+        if not grammar:
+            return None
+        if not re.fullmatch(rf"root ::= {self.string}( \| {self.string})*", grammar):  # as far as it is understood here
+            message = "Failed to initialize samplers: failed to parse grammar"
+            raise Refused(400, code=400, message=message, type="invalid_request_error")
+        return [json.loads(string) for string in re.findall(self.string, grammar)]
+
+    def answer(self, body: dict, text: str, label: str) -> tuple[dict, str, int, int]:
+        message, *rest = super().answer(body, text, label)
+        if self.allowed(body) and (thought := self.thought_tokens(body, text)):
+            told = body | {"chat_template_kwargs": {"enable_thinking": False}}
+            message, finish_reason, tokens, _ = super().answer(told, text, label)
+            message |= {"content": "", self.thoughts: message["content"]}
+            return message, finish_reason, tokens, min(tokens, thought)
+        return message, *rest
+
+
+SERVERS: dict[str, Server] = {
+    "deepseek-v4": DeepSeekV4(),
+    "openai-gpt-5": OpenAIReasoning(("minimal", "low", "medium", "high"), "medium"),
+    "openai-gpt-5.1": OpenAIReasoning(("none", "low", "medium", "high"), "none"),
+    "ollama-qwen3": OllamaQwen3(),
+    "vllm": VLLM(),
+    "vllm-qwen3": VLLM(can_think=True),
+    "llama.cpp": LlamaCpp(),
+    "llama.cpp-qwen3": LlamaCpp(can_think=True),
+}
+
 # ---- The gateway ---------------------------------------------------------------------------------------
 
 
@@ -294,6 +580,7 @@ class Gateway:
         self._limiter = limiter_for(script)
         self._servers = asyncio.Semaphore(script.servers or sys.maxsize)
         self._random = random.Random(script.seed)
+        self._dice = random.Random(script.seed)  # of the faults, which shall not depend on the latency's
         self._admitted = 0
         self._working: set[asyncio.Task] = set()
         self._started = time.perf_counter()
@@ -312,7 +599,7 @@ class Gateway:
             self._servers = asyncio.Semaphore(new.servers or sys.maxsize)
 
     async def __aenter__(self) -> Gateway:
-        # A client that goes away does not stop the work: handler_cancellation stays off.
+        # A client that goes away does not stop the work, unless the script says so: handler_cancellation stays off.
         self._runner = web.ServerRunner(web.Server(self._handle, access_log=None), shutdown_timeout=0.1)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", self.port, backlog=1024).start()
@@ -374,59 +661,88 @@ class Gateway:
             self._admitted -= 1
 
     async def _admit(self, request: web.BaseRequest, number: int, raw: bytes) -> web.StreamResponse:
-        """Understand the request, then play a fault or answer it."""
+        """Understand the request, and refuse it or play a fault or answer it."""
         script = self._script
         try:
             body = self.seen_body = json.loads(raw)
             call = Call(request, number, body, ticket_of(body))
             if script.logprobs == "refuse" and body.get("logprobs"):
                 raise ValueError("logprobs is not supported by this model")
+            if script.server:
+                SERVERS[script.server].allowed(body)
         except (ValueError, RecursionError) as problem:
             return await refuse(script, 400, error(400, str(problem)))
+        except Refused as no:
+            return await refuse(script, no.status, no.body)
         now = self.now()
-        fault = next((fault for fault in script.faults if fault.hits(call, now)), None)
+        fault = next((fault for fault in script.faults if fault.hits(call, now, self._dice)), None)
         if fault is None:
             return self.deliver(call, await self.work(call))
         self.faulted += 1
         return await FAULTS[fault.name](self, call)
 
-    async def work(self, call: Call, slower: float = 1) -> dict:
+    async def work(self, call: Call, slower: float = 1, tokens_out: int | None = None) -> dict:
         """Take the time that an answer takes, bill it, and give its JSON; from here on it is paid for."""
         script = self._script
-        async with self._servers:
-            await pause(self._latency(script) * slower)
-        content = script.reply(call.text)
-        message = {"role": "assistant", "content": content}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        await self._take_time(call, slower)
+        label = script.reply(call.text)
+        if script.server:
+            message, finish_reason, tokens, thought = SERVERS[script.server].answer(call.body, call.text, label)
+        else:
+            message = {"role": "assistant", "content": label}
+            finish_reason, tokens, thought = "stop", tokens_out_of(label), 0
+        choice = {"index": 0, "message": message, "finish_reason": finish_reason}
         if call.body.get("logprobs") and script.logprobs == "serve":
-            choice["logprobs"] = logprobs_of(content)
+            choice["logprobs"] = logprobs_of(message["content"] or "")
+        usage = self._bill(call, tokens_out or (script.tokens[1] if script.tokens else tokens))
+        if thought:
+            usage["completion_tokens_details"] = {"reasoning_tokens": thought}
         return {
             "id": f"chatcmpl-{call.number}",
             "object": "chat.completion",
             "created": int(time.time()),
             "model": call.body["model"],
             "choices": [choice],
-            "usage": self._bill(call, content),
+            "usage": usage,
         }
+
+    async def _take_time(self, call: Call, slower: float) -> None:
+        """Queue for a server, and be worked on; where the script frees what was aborted, ConnectionResetError then."""
+
+        async def queue_and_work() -> None:
+            async with self._servers:
+                await pause(self._latency(self._script) * slower)
+
+        if not self._script.frees_aborted:
+            return await queue_and_work()
+        work = asyncio.ensure_future(queue_and_work())
+        try:
+            while not (await asyncio.wait([work], timeout=0.01))[0]:
+                if call.request.transport is None:
+                    raise ConnectionResetError("the client has gone")
+        finally:
+            work.cancel()
 
     def _latency(self, script: Script) -> float:
         """Time to one answer."""
         slow = 5 if script.tail and self._random.random() < script.tail else 1
         return script.latency_s * slow * (1 + script.jitter * self._random.uniform(-1, 1))
 
-    def _bill(self, call: Call, content: str) -> dict:
+    def _bill(self, call: Call, tokens_out: int) -> dict:
         """Put one answer on the bill, and say so as the provider does."""
         script = self._script
-        counted = script.tokens or (tokens_of(call.body["messages"]), max(1, math.ceil(len(content) / 4)))
-        tokens_in, tokens_out = counted
+        tokens_in = script.tokens[0] if script.tokens else tokens_of(call.body["messages"])
         self.billed[call.text] += 1
         self.tokens_in += tokens_in
         self.tokens_out += tokens_out
-        usage = {"prompt_tokens": tokens_in, "completion_tokens": tokens_out, "total_tokens": sum(counted)}
+        usage = {"prompt_tokens": tokens_in, "completion_tokens": tokens_out, "total_tokens": tokens_in + tokens_out}
         cached = min(script.cached_tokens, tokens_in)
-        if script.cached_style == "openai":
-            return usage | {"prompt_tokens_details": {"cached_tokens": cached}}
-        return usage | {"prompt_cache_hit_tokens": cached, "prompt_cache_miss_tokens": tokens_in - cached}
+        match SERVERS[script.server].cached_style if script.server else script.cached_style:
+            case "openai":
+                return usage | {"prompt_tokens_details": {"cached_tokens": cached}}
+            case "deepseek":
+                return usage | {"prompt_cache_hit_tokens": cached, "prompt_cache_miss_tokens": tokens_in - cached}
+        return usage
 
     def deliver(self, call: Call, answer: dict, mime: str = JSON) -> web.Response:
         """A 200 with this answer in it."""
@@ -434,10 +750,11 @@ class Gateway:
         return web.Response(body=json.dumps(answer).encode(), content_type=mime)
 
     def record(self, call: Call, answer: dict) -> None:
-        """Remember what was answered, so that a test can compare it with what the client wrote down."""
-        if answer["choices"] and (content := answer["choices"][0]["message"]["content"]):
-            self.answered += 1
-            self.replies[call.text] = content
+        """Remember a complete answer, without thoughts, so that a test can compare it with what the client wrote."""
+        for choice in answer["choices"]:
+            if (content := choice["message"]["content"]) and choice.get("finish_reason") in (None, "stop"):
+                self.answered += 1
+                self.replies[call.text] = content.rpartition("</think>\n\n")[2]
 
     def billed_twice(self) -> int:
         """How many texts were paid for more than once."""
@@ -474,19 +791,34 @@ def complains(message: Callable[[Call], str]) -> Handler:
     return lambda gateway, call: refuse(gateway.script, 400, error(400, message(call)))
 
 
-def answers(changes: dict | None = None, mime: str = JSON, slower: float = 1) -> Handler:
+def answers(changes: dict | None = None, mime: str = JSON, slower: float = 1, tokens_out: int | None = None) -> Handler:
     """The right answer, billed, with some of its fields replaced."""
 
     async def handler(gateway: Gateway, call: Call) -> web.StreamResponse:
-        return gateway.deliver(call, await gateway.work(call, slower) | (changes or {}), mime)
+        return gateway.deliver(call, await gateway.work(call, slower, tokens_out) | (changes or {}), mime)
 
     return handler
 
 
-def choice(content: str | None, finish_reason: str = "stop") -> dict:
-    """The change that makes an answer say this whatever the ticket."""
-    message = {"role": "assistant", "content": content}
-    return {"choices": [{"index": 0, "message": message, "finish_reason": finish_reason}]}
+NO_REASON = "no finish_reason at all"
+
+
+def ends(content: str | None, finish_reason: str | None = "stop", counts: bool = False, **more: object) -> Handler:
+    """Billed, and says this, with LABEL in place of the label; `counts`: it is an answer though it was cut off."""
+
+    async def handler(gateway: Gateway, call: Call) -> web.StreamResponse:
+        answer = await gateway.work(call)
+        said = content and content.replace("LABEL", gateway.script.reply(call.text))
+        choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": finish_reason}
+        choice["message"] |= more
+        if finish_reason == NO_REASON:
+            del choice["finish_reason"]
+        if counts:
+            gateway.answered += 1
+            gateway.replies[call.text] = said.strip()
+        return gateway.deliver(call, answer | {"choices": [choice]})
+
+    return handler
 
 
 async def send(call: Call, response: web.StreamResponse, data: bytes) -> None:
@@ -556,6 +888,12 @@ async def blank_lines(gateway: Gateway, call: Call) -> web.StreamResponse:
     return response
 
 
+async def billed_504(gateway: Gateway, call: Call) -> web.StreamResponse:
+    """The work is done, and billed, but the answer came too late for somebody on the way."""
+    await gateway.work(call)
+    return await refuse(gateway.script, 504, error(504))
+
+
 async def hang(gateway: Gateway, call: Call) -> web.StreamResponse:
     """Never answers; the gateway's end cancels it."""
     await asyncio.Event().wait()
@@ -563,7 +901,9 @@ async def hang(gateway: Gateway, call: Call) -> web.StreamResponse:
 
 
 PAGE = b"<html><head><title>Bad Gateway</title></head><body><h1>nginx</h1></body></html>"
+FIREWALL = b"<html><head><title>Attention Required!</title></head><body><h1>You have been blocked</h1></body></html>"
 RUDE = "\x1b[31mred\x1b[0m \x1b]0;title\x07 over\rwritten \ud800 line\nline"
+TOOL_CALL = {"id": "call_1", "type": "function", "function": {"name": "label", "arguments": '{"label": "billing"}'}}
 ABSURD = {"prompt_tokens": -5, "completion_tokens": "many", "prompt_cache_hit_tokens": 10**30}
 
 FAULTS: dict[str, Handler] = {
@@ -578,6 +918,9 @@ FAULTS: dict[str, Handler] = {
     "html_502": says(502, PAGE, mime="text/html"),
     "echo_400": complains(lambda call: f"bad: {call.text} {call.request.headers.get('Authorization')}"),
     "control_400": complains(lambda call: RUDE),
+    "firewall_403": says(403, FIREWALL, mime="text/html"),  # says nothing about the key
+    "forbidden_403": says(403, error(403, code="permission_denied")),
+    "unsupported_parameter_400": says(400, invalid_request(*NO_MAX_TOKENS).body),
     "redirect": redirects(302),
     "redirect_307": redirects(307),
     # 200s without an answer in them.
@@ -595,14 +938,30 @@ FAULTS: dict[str, Handler] = {
     "big_200": answers({"padding": "x" * 2_000_000}),
     "null_usage": answers({"usage": None}),
     "absurd_usage": answers({"usage": ABSURD}),
+    "usage_too_large": answers(tokens_out=5000),  # whatever max_tokens was; billed so
     "no_choices": answers({"choices": []}),
-    "null_content": answers(choice(None)),
-    "content_filter": answers(choice("", "content_filter")),
-    "length": answers(choice("", "length")),
-    "off_list": answers(choice("thank-you")),
     "no_usage": no_usage,
+    "billed_504": billed_504,
     "truncated_json": truncated_json,
     "blank_lines": blank_lines,
+    # Billed answers that are whole.
+    "off_list": ends("thank-you"),
+    "no_finish": ends("LABEL", NO_REASON),
+    "null_finish": ends("LABEL", None),
+    "think": ends("<think>\nThe user asks about billing. Or is it a bug?\n</think>\n\nLABEL"),
+    "think_open": ends("The user asks about billing. Or is it a bug?\n</think>\n\nLABEL"),
+    "length_label": ends(" other\n\nTicket: I have a ticket for the", "length", counts=True),
+    # Billed answers that are none.
+    "null_content": ends(None),
+    "length": ends("", "length"),
+    "length_unclear": ends("This ticket is from a customer who wants to", "length"),
+    "length_two": ends("billing or bug", "length"),
+    "think_cut": ends("<think>\nOkay, this is about billing", "length"),
+    "content_filter": ends("", "content_filter"),
+    "insufficient_system_resource": ends("LABEL", "insufficient_system_resource"),
+    "error_finish": ends("LABEL", "error"),
+    "unknown_finish": ends("LABEL", "no_such_reason"),
+    "tool_calls": ends(None, "tool_calls", tool_calls=[TOOL_CALL]),
     # The connection.
     "truncated": breaks_off(chunked=False),
     "cut_inside": breaks_off(chunked=True),
@@ -622,9 +981,11 @@ def two_integers(text: str) -> tuple[int, int]:
 
 def fault(text: str) -> Fault:
     """The value of --fault; a wrong name is answered with the right ones."""
-    name, _, every = text.partition(":")
+    name, _, how_often = text.partition(":")
     try:
-        return Fault(name, every=int(every or 1))
+        if how_often.endswith("%"):
+            return Fault(name, share=float(how_often[:-1]) / 100)
+        return Fault(name, every=int(how_often or 1))
     except ValueError as problem:
         raise argparse.ArgumentTypeError(str(problem)) from None
 
@@ -640,7 +1001,7 @@ OPTIONS = {  # field of Script: option, type, how its value is shown, help
     "tail": ("--tail", float, "X", "share of answers that take 5 times as long"),
     "retry_after": ("--retry-after", str, "FORM", "seconds, float, ms, date, none, or the header's value"),
     "tokens": ("--tokens", two_integers, "IN,OUT", "billed for each ticket, instead of counting"),
-    "seed": ("--seed", int, "N", "of the jitter and the tail"),
+    "seed": ("--seed", int, "N", "of the jitter, the tail and the share of faults"),
 }
 
 
@@ -656,9 +1017,11 @@ def parse_arguments(arguments: list[str]) -> tuple[Script, int]:
         default = getattr(TOKEN_HUB, name)
         parser.add_argument(option, dest=name, type=kind, metavar=metavar, default=default, help=about)
     parser.add_argument("--limiter", choices=["bucket", "sliding", "fixed"], default=TOKEN_HUB.limiter)
+    parser.add_argument("--server", choices=SERVERS, default="", help="a real one, whose rules it keeps")
+    parser.add_argument("--frees-aborted", action="store_true", help="who goes away leaves the queue, unbilled")
     parser.add_argument(
-        "--fault", dest="faults", type=fault, metavar="NAME[:EVERY]", action="append", default=[],
-        help="something that goes wrong, with each EVERYth request; may be repeated",
+        "--fault", dest="faults", type=fault, metavar="NAME[:EVERY|:N%]", action="append", default=[],
+        help="something that goes wrong, with each EVERYth request or N%% of them; may be repeated",
     )  # fmt: skip
     parser.add_argument("--port", type=int, metavar="N", default=0, help="0 = a free one")
     settings = vars(parser.parse_args(arguments))

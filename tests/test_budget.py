@@ -67,6 +67,44 @@ async def test_a_larger_budget_goes_on_where_the_smaller_one_ended(desk: Desk):
     assert (done.status, len(done.labels), gateway.billed_twice()) == (0, 50, 0)
 
 
+@pytest.mark.parametrize(("budget", "length", "least"), [(0.02, 200, 0.97), (0.50, 12_000, 0.95)])
+async def test_nearly_all_of_the_budget_is_spent_and_never_more(desk: Desk, budget: float, length: int, least: float):
+    brisk(desk, CONCURRENCY=40)
+    desk.write({f"t{n}": f"{n} my invoice is wrong ".ljust(length, "x") for n in range(1000)})
+    async with Gateway(CHEAP) as gateway:
+        done = await desk.run(gateway, "--budget", str(budget), "--rpm", "0")
+        assert done.status == 1
+        assert least * budget < bill_usd(gateway) <= budget
+        assert "no room for another ticket" in done.stderr
+        before = gateway.requests
+        await desk.run(gateway, "--budget", str(budget), "--rpm", "0")
+        assert gateway.requests <= before + 40
+        assert bill_usd(gateway) <= budget
+
+
+async def test_a_504_is_booked_as_perhaps_billed_and_a_connection_that_never_opened_is_not(desk: Desk):
+    brisk(desk, MAX_RETRIES=1)
+    desk.write(numbered(1))
+    async with Gateway(replace(QUICK, faults=(Fault("billed_504"),))) as gateway:
+        done = await desk.run(gateway)
+    assert "Estimated: 2 requests" in done.stdout
+    booked = summary(done)
+    done = await desk.run(None, TOKENHUB_URL=f"http://127.0.0.1:{gateway.port}/v1")
+    assert done.status == 1
+    assert "no connection" in done.stderr
+    assert summary(done) == booked
+
+
+async def test_tokens_far_above_max_tokens_are_booked_and_named(desk: Desk):
+    brisk(desk)
+    desk.write(numbered(10))
+    async with Gateway(replace(QUICK, faults=(Fault("usage_too_large"),))) as gateway:
+        done = await desk.run(gateway)
+    assert summary(done)[1] == f"Tokens: {gateway.tokens_in:,} in / 50,000 out"
+    assert summary(done)[2] == f"Cost  : ${bill_usd(gateway):.4f}"
+    assert "10 replies were longer than" in done.stdout
+
+
 async def test_a_budget_of_nothing_is_no_budget(desk: Desk):
     brisk(desk, BUDGET_USD=0.0000001)
     desk.write(numbered(20))

@@ -1,6 +1,7 @@
 """Killed at any moment, or interrupted: no line is torn, doubled or lost, and only what was in flight is paid twice."""
 
 import asyncio
+import itertools
 import json
 import random
 import signal
@@ -188,6 +189,49 @@ async def test_a_rewrite_that_death_cuts_at_a_byte_loses_no_old_line(desk: Desk,
         await desk.run(gateway, "--rpm", "0", die_at_byte=die_at_byte)
         check_complete(await desk.run(gateway, "--rpm", "0"), numbered(200))
         check_old_lines(desk, old)
+
+
+# ---- power cuts, and sleep -----------------------------------------------------------------------------
+
+WATCHER = """
+    import threading, time
+    real = os.fsync
+    def watched(fd):
+        with open("fsyncs", "a") as log:
+            print(time.time(), threading.current_thread() is threading.main_thread(), file=log)
+        real(fd)
+    os.fsync = watched
+"""
+
+
+async def test_lines_are_put_on_the_disk_each_second_and_the_work_does_not_wait_for_it(desk: Desk) -> None:
+    desk.edit(**SETTINGS)
+    desk.write(numbered(60))
+    program = desk.folder / "classify.py"
+    main = 'if __name__ == "__main__":\n'
+    source = program.read_text(encoding="utf-8")
+    program.write_text(source.replace(main, main + WATCHER), encoding="utf-8")
+    async with Gateway(Script(rpm=0, latency_s=0.2)) as gateway:
+        check_complete(await desk.run(gateway, "--rpm", "0", "--concurrency", "4"), numbered(60))
+    *during, last = [line.split() for line in (desk.folder / "fsyncs").read_text().splitlines()]
+    assert len(during) >= 2
+    assert {main for _, main in during} == {"False"}, "it holds up the event loop"
+    times = [float(at) for at, _ in during]
+    assert all(b - a < 1.5 for a, b in itertools.pairwise(times))
+    assert last[1] == "True", "and all of it once more at the end"
+
+
+@pytest.mark.parametrize("latency_s", [0.05, 2.0])
+async def test_a_laptop_that_slept_goes_on(desk: Desk, latency_s: float) -> None:
+    desk.edit(**SETTINGS | {"TIMEOUT": 2.5, "MAX_STUCK_S": 3.0})
+    desk.write(numbered(40))
+    async with Gateway(Script(rpm=0, latency_s=latency_s)) as gateway:
+        process = await desk.start(gateway, "--rpm", "0", "--concurrency", "20")
+        await until(lambda: gateway.in_flight)
+        process.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(4)
+        process.send_signal(signal.SIGCONT)
+        check_complete(await desk.finish(process), numbered(40))
 
 
 # ---- signals -------------------------------------------------------------------------------------------

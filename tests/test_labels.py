@@ -160,3 +160,39 @@ def test_chinese_tickets_go_to_the_chinese_model_where_there_is_one(tmp_path, bo
     (tmp_path / "tickets.csv").write_text(f"id,body\nt1,{body}\n", encoding="utf-8")
     [ticket] = load_tickets(tmp_path / "tickets.csv")
     assert pick_model(ticket, "deepseek", chinese_model) == model
+
+
+SETS = [
+    ("spam", "not spam"),
+    ("urgent", "not-urgent"),
+    ("yes", "no"),
+    ("bug", "bug report", "no bug"),
+    ("C", "C++", "C#"),
+    ("账单", "其他"),
+    ("Rechnung", "Störung", "Wie geht das?"),
+    ("p1", "p2", "p10"),
+    ("not", "never", "nor"),
+    ("👍", "👎"),
+]
+
+
+@pytest.mark.parametrize("labels", SETS, ids=str)
+def test_any_set_of_distinct_labels_works(labels, monkeypatch):
+    monkeypatch.setattr("classify.LABELS", dict.fromkeys(labels, ""))
+    assert [normalize_label(label) for label in labels] == list(labels)
+    assert [normalize_label(f" {label}\n") for label in labels] == list(labels)
+
+
+@pytest.mark.parametrize("labels", SETS[:4] + SETS[5:9], ids=str)
+def test_and_is_seen_through_a_mild_disguise(labels, monkeypatch):
+    monkeypatch.setattr("classify.LABELS", dict.fromkeys(labels, ""))
+    assert [normalize_label(f"**{label.upper()}**.") for label in labels] == list(labels)
+    assert [normalize_label(f"Label: {label}") for label in labels] == list(labels)
+    assert normalize_label(f"{labels[0]}, {labels[1]}") is None
+
+
+def test_a_not_before_a_label_is_no_label_unless_it_belongs_to_it(monkeypatch):
+    monkeypatch.setattr("classify.LABELS", {"spam": "", "not spam": "", "urgent": ""})
+    assert [normalize_label(text) for text in ("not spam", "this is not spam.", "not urgent", "never spam")] == [
+        "not spam", "not spam", None, None,
+    ]  # fmt: skip

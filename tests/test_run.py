@@ -338,7 +338,8 @@ async def test_replies_that_name_no_label_from_the_500th_ticket_on_stop_the_run(
     brisk(desk, CONCURRENCY=4)
     desk.write(numbered(700))
     served = iter(range(10_000))
-    async with Gateway(replace(QUICK, latency_s=0, reply=lambda text: "bug" if next(served) < 500 else "hm")) as gateway:
+    script = replace(QUICK, latency_s=0, reply=lambda text: "bug" if next(served) < 500 else "hm")
+    async with Gateway(script) as gateway:
         done = await desk.run(gateway)
     assert done.status == 1
     assert 526 <= gateway.requests <= 530
@@ -450,7 +451,7 @@ async def test_a_stream_that_takes_nothing_ends_no_run(desk: Desk, stream: str):
     brisk(desk)
     desk.write(numbered(5))
     async with Gateway(QUICK) as gateway:
-        with open("/dev/full", "w") as full:
+        with Path("/dev/full").open("w") as full:  # noqa: ASYNC230
             streams = {"stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.PIPE} | {stream: full}
             env = clean_environment() | {"TOKENHUB_URL": gateway.url, "TOKENHUB_KEY": KEY}
             process = await asyncio.create_subprocess_exec(
