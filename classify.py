@@ -5,7 +5,7 @@
 """Label a CSV of support tickets with a language model: one label a ticket, in labels.jsonl.
 
     export TOKENHUB_KEY=...
-    python classify.py        # reads tickets.csv; --help lists the options, --dry-run shows the cost
+    python classify.py        # reads tickets.csv; --dry-run shows the cost, --help the options
 
 Each answer is on disk as it arrives, and the next run continues from there. A ticket without an
 answer gets no line, so it is never mistaken for a labelled one, and is sent again next time.
@@ -141,7 +141,7 @@ class Ticket:
 
 
 def load_tickets(path: Path) -> Iterator[Ticket]:
-    """Streams a CSV with commas, semicolons or tabs; raises InputError with the line that is wrong."""
+    """Streams a CSV with commas, semicolons or tabs; raises InputError with the wrong line."""
     csv.field_size_limit(2**31 - 1)  # the default refuses bodies above 128 kB
     line = 1
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -159,9 +159,12 @@ def load_tickets(path: Path) -> Iterator[Ticket]:
             raise InputError(f"{path}:{line}: {kind}{error}") from None
 
 
+SURROGATES = "[\ud800-\udfff]"  # what `surrogateescape` makes of other bytes than UTF-8
+
+
 def check_utf8(cells: list[str]) -> None:
-    """Raises ValueError for what `surrogateescape` let through."""
-    if re.search("[\ud800-\udfff]", "".join(cells)):
+    """Raises ValueError for a row that is not UTF-8."""
+    if not (text := "".join(cells)).isascii() and re.search(SURROGATES, text):
         raise ValueError("not UTF-8; save it as 'CSV UTF-8'")
 
 
@@ -170,9 +173,9 @@ def find_columns(header: list[str]) -> tuple[int, int, list[int], int]:
     check_utf8(header)
     names = [name.strip().casefold() for name in header]
     needed = [name.casefold() for name in (ID_COLUMN, *TEXT_COLUMNS)]
-    if missing := set(needed) - set(names):
+    if missing := [name for name in (ID_COLUMN, *TEXT_COLUMNS) if name.casefold() not in names]:
         # shown only where it is surely a header: it may be a customer's ticket
-        sure = any(re.fullmatch("([a-z]+[ _])?id", name) for name in names)
+        sure = any(re.fullmatch("([a-z]+[ _-])?id", name) for name in names)
         there = f"; there are: {printable(', '.join(header), 1000)}" if sure else ""
         raise ValueError(f"no column {', '.join(missing)}: set ID_COLUMN, TEXT_COLUMNS{there}")
     if twice := [name for name in (*needed, "label") if names.count(name) > 1]:
@@ -248,107 +251,213 @@ def normalize_label(reply: str) -> str | None:
 
 # ---- pacing ----
 
-LET_IN, REFUSED, FAILED, TIMED_OUT, NOT_SENT = (
-    "let in",
-    "refused",
-    "failed",
-    "timed out",
-    "not sent",
-)
-HEADROOM = 0.99
-START_PER_S = 10.0
-SLACK_S = 0.05
-HOLD_S, HOLD_GROWTH, HOLD_MAX_S = 0.8, 1.4, 5.0
-DEEPEST_CUT, TRUST_S = 0.8, 7.0
-WASTE = 1.07
-RETREAT = 0.97
-RISE_CYCLES, RISE_MIN_S, RISE_MAX_S = 8.0, 20.0, 100.0
+LET_IN, REFUSED, FAILED, TIMED_OUT, NOT_SENT = range(5)  # how a request ends, for the pace
+HEADROOM = 0.99  # of RPM, as clocks differ
+START_PER_S = 10.0  # where RPM is 0
+SLACK_S = 0.05  # a late timer may be made up for by so much
+HOLD_S = 0.8  # nothing is sent for so long, if no Retry-After says more
+HOLD_MAX_S = 5.0
+ALARM = 8.0  # so improbable (log likelihood ratio) must refusals be to be the gateway's word
+QUIET = 0.0035  # of the requests may be refused without a meaning, in any case
+CUT, FIRST_CUT = 0.93, 0.8  # of the rate let through; of the pace, as long as little is known
+TRUST = 8  # answers make a rate
+PAST = 8  # stretches between two alarms are remembered
+OUTAGE = 5  # failures in a row hold everybody
+MOST_NOISE = 0.5  # a greater share of refusals is never noise
+RISE_CYCLES, RISE_MIN_S, RISE_MAX_S = 3.0, 16.0, 60.0  # until the pace is where it was refused
+SPAN_S = 60.0  # what is older counts half
+
+
+def surprise(refused: float, sent: float, share: float) -> float:
+    """How improbable so many refusals are where this share is usual; 0: not at all."""
+    if refused <= sent * share:
+        return 0.0
+    if refused >= sent:
+        return -refused * math.log(share)
+    let_in = (sent - refused) * math.log((1 - refused / sent) / (1 - share))
+    return refused * math.log(refused / sent / share) + let_in
 
 
 class Pacer:
-    """Interim."""
+    """When each request may start: a pace for the gateway's limit, a window for its slowness.
+
+    More refusals than usual raise an alarm: the pace is cut to what was let through, and rises
+    again as a cubic (RFC 9438). Below what was let through before, a
+    limit refuses nothing: what is still refused there is noise, and usual from then on.
+    """
 
     def __init__(self, rpm: float, concurrency: int) -> None:
         self.most = HEADROOM * rpm / 60 if rpm else math.inf
-        self.pace = self.most if rpm else START_PER_S
-        self.concurrency = concurrency
-        self.refusals = 0
+        self.pace = self.most if rpm else START_PER_S  # requests a second
+        self.concurrency, self.window = concurrency, min(4.0, concurrency)
+        self.refusals = self.failures = 0  # in all; in a row
+        self.noise = QUIET  # the share of refusals that is usual
+        self.limited = False
         self.stopping = asyncio.Event()
-        self._turn = asyncio.Lock()
-        self._next = -math.inf
-        self._limits = False
-        self._cut_at = -math.inf
-        self._refused_pace = 0.0
-        self._hold_s = HOLD_S
-        self._cycle_at, self._answers = 0.0, 0
-        self._base = self._climb = self._risen_s = 0.0
-        self._rise_s = RISE_MIN_S
-        self._row = 0
+        self.waiting: deque[asyncio.Future[float]] = deque()
+        self.in_flight: list[float] = []  # when each was started
+        self.timer: asyncio.TimerHandle | None = None
+        self.fastest_s = math.inf
+        self.next_at = self.quick_at = self.halved_at = -math.inf
+        self.alarm_at = self.heard_at = -math.inf  # what started before tells nothing new
+        self.refused_pace = 0.0  # from an alarm until a request is let in again
+        self.hold_s = HOLD_S
+        self.since = self.empty_at = -math.inf  # the stretch's start; no free allowance since then
+        self.sent = self.refused = 0.0  # in this stretch
+        self.row_sent = self.row_refused = 0  # since refusals became more than usual
+        self.past: deque[tuple[float, float]] = deque(maxlen=PAST)  # rate let in, share refused
+        self.plateau = self.climb = self.risen_s = 0.0
+        self.rise_s = 1.0
 
     @property
     def limit_found(self) -> bool:
-        return self.refusals > 0
+        """Whether the pace is now the gateway's rather than the user's."""
+        return self.limited and self.pace < 0.97 * self.most
 
     async def turn(self) -> float:
+        """Waits until a request may start, and returns when; each turn needs its `ended`."""
+        turn = asyncio.get_running_loop().create_future()
+        self.waiting.append(turn)
+        self.admit()
+        return await turn
+
+    def stop(self) -> None:
+        """Lets all go that wait; they ask `stopping` before they send."""
+        self.stopping.set()
+        self.admit()
+
+    def admit(self) -> None:
         loop = asyncio.get_running_loop()
-        async with self._turn:
-            self._limits = False
-            while (wait_s := self._next - loop.time()) > 0 and not self.stopping.is_set():
-                self._limits = True
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self.stopping.wait(), wait_s)
-            now = loop.time()
-            self._next = max(self._next, now - SLACK_S) + 1 / self.pace
-            return now
+        now, stopping = loop.time(), self.stopping.is_set()
+        while self.waiting and (
+            stopping or (self.next_at <= now and len(self.in_flight) < int(self.window))
+        ):
+            self.waiting.popleft().set_result(now)
+            self.in_flight.append(now)
+            self.next_at = max(self.next_at, now - SLACK_S) + 1 / self.pace
+            self.sent += 1
+            self.row_sent += 1
+            if self.row_refused <= self.row_sent * self.noise:
+                self.row_sent = self.row_refused = 0
+        if self.waiting and self.next_at > now:
+            if self.timer:
+                self.timer.cancel()
+            self.timer = loop.call_at(self.next_at, self.admit)
 
-    def ended(self, started: float, sign: str, retry_after_s: float | None = None) -> float:
-        now = asyncio.get_running_loop().time()
-        self._row = self._row + 1 if sign == FAILED else 0
+    def ended(self, started: float, sign: int, retry_after_s: float | None = None) -> float:
+        """Learns from a request; returns how long its own ticket should wait, in seconds."""
+        now, wait_s = asyncio.get_running_loop().time(), 0.0
+        self.in_flight.remove(started)
+        if sign == REFUSED:
+            wait_s = self.refuse(started, now, retry_after_s)
+        elif sign == LET_IN:
+            self.rise(started, now)
+        if sign in (LET_IN, TIMED_OUT):
+            self.resize(sign, started, now)
+        if sign != NOT_SENT:
+            self.failures = self.failures + 1 if sign == FAILED else 0
+            if self.failures >= OUTAGE:
+                hold_s = min(self.failures * HOLD_MAX_S / 25, HOLD_MAX_S)
+                self.next_at = max(self.next_at, now + hold_s)
+        self.admit()
+        return wait_s
+
+    def resize(self, sign: int, started: float, now: float) -> None:
+        """A quick answer adds a place; a slow one or a time-out halves, once a round trip."""
+        took_s = now - started
         if sign == LET_IN:
-            self._accepted(started, now)
-        elif sign == REFUSED:
-            self._refused(started, retry_after_s, now)
-        elif sign == FAILED and self._row >= 5:
-            self._next = max(self._next, now + min(self._row / 5, 5))
-        return 0.0
+            self.fastest_s = min(self.fastest_s, took_s)
+            queued_s = took_s - self.fastest_s
+            if took_s < TIMEOUT / 2 and queued_s < TIMEOUT / 4:
+                self.quick_at = now
+                self.window = min(self.window + 1, self.concurrency)
+            if queued_s < TIMEOUT / 2:
+                return
+        if started > max(self.halved_at, self.quick_at):
+            self.halved_at, self.window = now, max(1.0, self.window / 2)
 
-    def _refused(self, started, retry_after_s, now):
+    def refuse(self, started: float, now: float, retry_after_s: float | None) -> float:
+        """A refusal holds its ticket; from an alarm on, it holds everybody."""
         self.refusals += 1
-        hold_s = self._hold_s if retry_after_s is None else retry_after_s
-        if started > self._cut_at:
-            if not self._refused_pace:
-                self._refused_pace = self.pace
-            else:
-                self._hold_s = min(self._hold_s * HOLD_GROWTH, HOLD_MAX_S)
-                hold_s = max(hold_s, self._hold_s)
-            self._cut_at, self.pace = now, min(DEEPEST_CUT * self.pace, START_PER_S)
-        self._next = max(self._next, now + hold_s)
+        wait_s = self.hold_s if retry_after_s is None else retry_after_s
+        if started > self.heard_at:
+            self.refused += 1
+            self.row_refused += 1
+            self.row_sent = max(self.row_sent, self.row_refused)
+            if self.refused_pace:
+                self.hold_s = min(self.hold_s + HOLD_S, HOLD_MAX_S)
+                wait_s, self.heard_at = max(wait_s, self.hold_s), now
+            elif surprise(self.row_refused, self.row_sent, self.noise) >= ALARM:
+                self.alarm(started, now)
+        if self.refused_pace:
+            self.next_at = max(self.next_at, now + wait_s)
+        return wait_s
 
-    def _accepted(self, started, now):
-        if not self._answers:
-            self._cycle_at = now
-        if self._refused_pace:
-            if started > self._cut_at:
-                cycle_s = now - self._cycle_at
-                average = WASTE * self._answers / cycle_s if cycle_s else 0.0
-                floor = (DEEPEST_CUT if cycle_s < TRUST_S else 0.05) * self._refused_pace
-                self._base = self.pace = min(max(average, floor), RETREAT * self._refused_pace)
-                self._climb, self._risen_s = self._refused_pace, 0.0
-                self._rise_s = min(max(RISE_CYCLES * cycle_s, RISE_MIN_S), RISE_MAX_S)
-                self._refused_pace, self._hold_s, self._cycle_at, self._answers = (
-                    0.0,
-                    HOLD_S,
-                    now,
-                    0,
-                )
-        elif self._limits and self.pace < self.most:
-            self._risen_s += 1 / self.pace
-            if self._base:
-                self.pace = self._base + self._climb * (self._risen_s / self._rise_s) ** 3
-            else:
+    def alarm(self, started: float, now: float) -> None:
+        self.heard_at = self.alarm_at = now
+        self.refused_pace = self.pace
+        # some answers of the row are still under way
+        late = sum(now - other < 2 * (now - started) for other in self.in_flight)
+        if self.row_refused < self.row_sent - late:
+            let_in = self.pace * (1 - self.row_refused / self.row_sent)
+            self.judge(now, max(let_in, FIRST_CUT * self.pace))
+        else:  # nothing was let in: wait for the first that is
+            self.pace = min(FIRST_CUT * self.pace, START_PER_S)
+
+    def rise(self, started: float, now: float) -> None:
+        if self.since == -math.inf:
+            self.since = started
+        if self.refused_pace:
+            if started > self.alarm_at:
+                self.judge(now, 0.0)
+        elif self.next_at > now and self.pace < self.most:  # only while it is the pace that limits
+            if not self.plateau:
                 self.pace += 1 / max(now - started, 0.001)
+            else:
+                if surprise(self.row_refused, self.row_sent, self.noise) <= ALARM / 2:
+                    self.risen_s += 1 / self.pace
+                self.pace = self.plateau + self.climb * (self.risen_s / self.rise_s) ** 3
             self.pace = min(self.pace, self.most)
-        self._answers += 1
+        if now - self.since > 2 * SPAN_S:
+            self.since, self.sent, self.refused = now - SPAN_S, self.sent / 2, self.refused / 2
+            self.noise = max(QUIET, min(self.noise, (self.refused + 1) / (self.sent + 1)))
+
+    def judge(self, now: float, through: float) -> None:
+        """Ends a stretch: was it a limit, or noise? Sets the pace and how it rises."""
+        pace, self.refused_pace = self.refused_pace, 0.0
+        let_in = self.sent - self.refused - sum(t > self.alarm_at for t in self.in_flight)
+        proven = self.empty_at > -math.inf
+        held = max(self.alarm_at - self.since, now - self.alarm_at) > SPAN_S
+        cycle_s = max((self.alarm_at if held else now) - self.since, 0.001)
+        if proven or not through:
+            through = max(through, let_in / cycle_s)
+        self.climb, below = pace, 0.0
+        self.rise_s = min(max(RISE_CYCLES * cycle_s, RISE_MIN_S), RISE_MAX_S)
+        if let_in < TRUST:
+            self.plateau = max(FIRST_CUT * pace, min(pace, through))
+        else:
+            below = self.weigh(pace, through, let_in / (now - self.empty_at))
+        self.pace = self.plateau - below
+        self.risen_s = -self.rise_s * (below / self.climb) ** (1 / 3)
+        if let_in >= TRUST or not proven:
+            self.since, self.empty_at, self.sent, self.refused = now, self.heard_at, 0.0, 0.0
+        self.row_sent = self.row_refused = 0
+        self.hold_s, self.heard_at = HOLD_S, now
+
+    def weigh(self, pace: float, through: float, rate: float) -> float:
+        """Sets the noise and the plateau; returns how far below it the pace starts."""
+        self.past.append((rate, (self.refused + 1) / (self.sent + 1)))
+        best, usual = max(rate for rate, _ in self.past), min(share for _, share in self.past)
+        explained = surprise(self.row_refused, self.row_sent, usual) < ALARM
+        self.limited = not (pace < CUT * best and usual < MOST_NOISE and explained)
+        if self.limited:
+            self.noise = max(QUIET, min(usual, self.noise))
+            self.plateau = min(through / (1 - self.noise), pace)
+            return (1 - CUT) * self.plateau
+        self.noise = max(QUIET, usual)
+        self.plateau = self.climb = min(best / (1 - usual), self.most)
+        self.rise_s = RISE_MIN_S / 2
+        return 0.0
 
 
 # ---- one call ----
@@ -556,7 +665,7 @@ MAX_REPLY = 200  # characters of one are looked at, and kept
 
 
 def answer_of(data: object) -> Outcome:
-    """The outcome of a 200: a reply where it is complete, or was cut off after it named its label."""
+    """The outcome of a 200: a reply where it is complete, or names its label."""
     usage = None
     try:
         usage = parse_usage(data.get("usage"))
@@ -650,19 +759,18 @@ def result_of(ticket: Ticket, model: str, digest: str, outcome: Outcome, key: st
     """The line for one request; a reply that names no label becomes FALLBACK, and stands beside."""
     usage = outcome.usage or estimated_usage(ticket.text)
     usage = usage if outcome.meaning.billed else Usage(0, 0)
-    result = Result(
-        *(ticket.id, None, model, usage.tokens_in, usage.tokens_out),
-        *(cost_usd(model, usage), digest),
-        tokens_cached=usage.cached or None,
-        estimated=usage.estimated or None,
-    )
+    label = named = reply = error = at = None
     if outcome.reply is None:
-        now = datetime.now(UTC).isoformat()
-        return replace(result, error=redacted(outcome.said[0], key)[:2000], at=now)
-    label = normalize_label(outcome.reply)
-    reply = None if outcome.reply == label else redacted(outcome.reply, key)
-    result = replace(result, label=label or FALLBACK, fallback=None if label else FALLBACK)
-    return replace(result, reply=reply, confidence=outcome.confidence)
+        error, at = redacted(outcome.said[0], key)[:2000], datetime.now(UTC).isoformat()
+    else:
+        named = normalize_label(outcome.reply)
+        label = named or FALLBACK
+        reply = None if outcome.reply == named else redacted(outcome.reply, key)
+    return Result(
+        *(ticket.id, label, model, usage.tokens_in, usage.tokens_out, cost_usd(model, usage)),
+        *(digest, reply, FALLBACK if label and not named else None, usage.cached or None),
+        *(outcome.confidence, usage.estimated or None, None, error, at),
+    )
 
 
 def copied(id_: str, twin: Result) -> Result:
@@ -686,8 +794,8 @@ def identity(*paths: Path) -> list[tuple[int, int, int]]:
 class Journal:
     """labels.jsonl, output and checkpoint in one: a line a ticket, appended as its answer arrives.
 
-    Lines that no longer fit their ticket go to labels.jsonl.bak, as do requests without an answer, so
-    that the two hold all that was ever paid.
+    Lines that no longer fit their ticket go to labels.jsonl.bak, as do requests without an answer:
+    the two hold all that was ever paid.
     """
 
     def __init__(self, path: Path) -> None:
@@ -695,6 +803,7 @@ class Journal:
         self.backup, self.lock_path = Path(f"{self.path}.bak"), Path(f"{self.path}.lock")
         self.lines: dict[str, str] = {}  # id: digest, of the lines that no ticket has asked for
         self.missing: dict[str, str] = {}  # id: digest, of the tickets that need a line,
+        self.gold: dict[str, str] = {}  # id: label by a person
         self.stale = 0  # and how many of these have one that no longer fits
         self.torn = False  # the last line has no end
         self.answered: set[str] = set()  # digests
@@ -714,7 +823,7 @@ class Journal:
             raise InputError(f"{self.lock_path}: {error}; is another run at work?") from None
 
     def records(self) -> Iterator[tuple[bool, str, bytes, Result]]:
-        """In the .bak or not, place, bytes and Result of each line; raises InputError for a bad one."""
+        """In the .bak or not, place, bytes, Result of each line; raises InputError."""
         for path in filter(Path.exists, (self.backup, self.path)):
             with open(path, "rb") as file:
                 for number, line in enumerate(file, 1):
@@ -762,7 +871,7 @@ class Journal:
         self.ours = identity(self.path, self.lock_path)
 
     def retire(self) -> None:
-        """Moves lines that no longer fit to the .bak; a crash leaves each in one file, or in both."""
+        """Moves old lines to the .bak; a crash leaves each in one file, or in both."""
         before = identity(self.path)
         with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".classify-") as folder:
             new = Path(folder, self.path.name)
@@ -794,7 +903,8 @@ class Journal:
             if self.file.write(line) < len(line):
                 self.file.truncate(self.ours[0][-1])
                 raise OSError(f"{self.path}: No space left on device")
-            self.ours = identity(self.path, self.lock_path)
+            device, inode, size = self.ours[0]
+            self.ours[0] = device, inode, size + len(line)
             self.answered.add(self.missing.pop(result.id))
         if result.key not in self.in_backup:
             self.spent_usd += result.cost_usd or 0.0
@@ -836,7 +946,7 @@ class Run:
     def stop(self, why: str) -> None:
         """Lets no further request start; what is in flight is paid for, and may finish."""
         self.stopped = self.stopped or why
-        self.pacer.stopping.set()
+        self.pacer.stop()
 
     async def sleep(self, delay_s: float) -> None:
         """Waits so long, or until the run is ending."""
@@ -850,16 +960,17 @@ class Run:
             outcome, wait_s = sent
             meaning = outcome.meaning
             tries += meaning.retries < math.inf
-            has_failed = tries > meaning.retries and meaning.patience_s > 0
+            answered = outcome.reply is not None
+            has_failed = tries > meaning.retries and meaning.patience_s > 0 and not answered
             if meaning.billed or has_failed:
                 self.keep(result_of(ticket, model, digest, outcome, self.job.key))
-            if outcome.reply is not None:
-                return
             if has_failed:
                 why = outcome.shown(ticket.text, self.job.key)
                 say(f"ticket {printable(ticket.id)} failed: {why}")
                 self.failed += 1
-                return self.judge(model, False, why)
+                self.judge(model, False, why)
+            if has_failed or answered:
+                return
             if meaning.sign != REFUSED:
                 wait_s = max(wait_s, random.uniform(0, backoff_s(max(tries, 1))))
             await self.sleep(wait_s)
@@ -904,16 +1015,14 @@ class Run:
         try:
             self.journal.append(result)
         except (InputError, OSError) as error:
-            return self.stop(f"cannot write: {error}")
+            self.stop(f"cannot write: {error}")
+            return
         if result.label is not None:
             self.labelled += 1
             self.bar.update()
             if result.model and not result.copy_of:
-                self.judge(
-                    result.model,
-                    not result.fallback,
-                    "see each `reply`; check SYSTEM_PROMPT, MODEL",
-                )
+                why = "see each `reply`; check SYSTEM_PROMPT, MODEL"
+                self.judge(result.model, not result.fallback, why)
 
     def judge(self, model: str, named: bool, why: str) -> None:
         """Stops the run where a model names a label for too few of its first, or last, tickets."""
@@ -1021,7 +1130,7 @@ async def label_tickets(job: Namespace, journal: Journal) -> Run:
 
 
 def survey(job: Namespace, journal: Journal) -> Counter:
-    """Checks the whole CSV, and counts what is to be sent; raises InputError before a cent is spent."""
+    """Checks the whole CSV and counts what is to be sent; raises InputError."""
     count, ids, requests = Counter(), set(), set()
     for ticket in load_tickets(job.tickets):
         if ticket.id in ids:
@@ -1031,10 +1140,15 @@ def survey(job: Namespace, journal: Journal) -> Counter:
         ids.add(ticket.id)
         if len(ids) > job.limit:
             continue
+        if ticket.gold:
+            journal.gold[ticket.id] = ticket.gold
         model = pick_model(ticket, job.model, job.chinese_model)
         digest = request_digest(model, ticket.text) if model else EMPTY_DIGEST
         done = journal.expect(ticket.id, digest)
-        count.update(tickets=1, done=done, empty=not model, cut=len(ticket.body) > MAX_CHARS)
+        count["tickets"] += 1
+        count["done"] += done
+        count["empty"] += not model
+        count["cut"] += len(ticket.body) > MAX_CHARS
         if model and not done:
             if digest in requests or digest in journal.answered:
                 count["known"] += 1
@@ -1063,13 +1177,14 @@ def plan_of(job: Namespace, journal: Journal, count: Counter) -> list[str]:
     first += f"; replaces {journal.stale} lines, which go to the .bak" * bool(journal.stale)
     first += "; OVER THE BUDGET" * (0 < job.budget_usd < journal.spent_usd + (usd or 0))
     model_lines = (
-        f"Model  : {model}, {n} tickets, about {usage[model].tokens_in:,} tokens in, {dollars(costs[model])}"
+        f"Model  : {model}, {n} tickets, about {usage[model].tokens_in:,} tokens in, "
+        f"{dollars(costs[model])}"
         for model, n in sends.items()
     )
     return [
         first,
-        f"Tickets: {count['done']} done, {journal.stale} changed since, {count['known']} identical to "
-        f"another or asked before, {count['empty']} empty, {count['cut']} cut at {MAX_CHARS} characters",
+        f"Tickets: {count['done']} done, {journal.stale} changed since, {count['empty']} empty, "
+        f"{count['known']} identical or asked before, {count['cut']} cut at {MAX_CHARS} characters",
         *model_lines,
         f"Budget : ${job.budget_usd:.2f}, of which ${journal.spent_usd:.4f} is spent; 0: no limit",
     ]
@@ -1078,7 +1193,6 @@ def plan_of(job: Namespace, journal: Journal, count: Counter) -> list[str]:
 def totals_of(job: Namespace, journal: Journal) -> tuple[Counter, Counter]:
     """Sums of the numbers and counts of the words in the lines: of all paid, and of the labels."""
     paid, labels = Counter(), Counter()
-    gold = {ticket.id: ticket.gold for ticket in load_tickets(job.tickets) if ticket.gold}
     for in_backup, _, _, line in journal.records():
         fields = vars(line).items()
         sums = {k: v if isinstance(v, int | float) else v is not None for k, v in fields}
@@ -1087,8 +1201,8 @@ def totals_of(job: Namespace, journal: Journal) -> tuple[Counter, Counter]:
             paid.update(sums, unpriced=line.cost_usd is None, large=large, old=in_backup)
         if not in_backup and line.id not in journal.lines:
             unsure = line.confidence is not None and line.confidence < REVIEW_BELOW
-            right, judged = gold.get(line.id) == line.label, line.id in gold
-            labels.update(sums, unsure=unsure, right=right, judged=judged)
+            gold = journal.gold.get(line.id)
+            labels.update(sums, unsure=unsure, right=gold == line.label, judged=bool(gold))
             labels["=", line.label] += 1
     return paid, labels
 
@@ -1169,12 +1283,15 @@ def are_numbers(*values: object) -> bool:
     return all(isinstance(value, int | float) and value >= 0 for value in values)
 
 
-NUMBERS = ("CONCURRENCY", "RPM", "TIMEOUT", "MAX_RETRIES", "MAX_TOKENS", "MAX_CHARS", "BUDGET_USD")
+NUMBERS = (
+    *("CONCURRENCY", "RPM", "TIMEOUT", "MAX_RETRIES", "MAX_TOKENS", "MAX_CHARS"),
+    *("BUDGET_USD", "REVIEW_BELOW"),
+)
 
 
 def checked_job(options: Namespace) -> Namespace:
     """What the options, the settings and the environment ask for; raises InputError."""
-    for name in (*NUMBERS, "REVIEW_BELOW"):
+    for name in NUMBERS:
         if not are_numbers(globals()[name]):
             raise InputError(f"{name} must be a number, not negative")
     try:
@@ -1185,28 +1302,33 @@ def checked_job(options: Namespace) -> Namespace:
     models = [options.model] if options.model else [MODEL, *filter(None, [CHINESE_MODEL])]
     budget_usd = 0.0 if options.budget_usd == math.inf else options.budget_usd
     unpriced = [name for name in models if name not in PRICES]
-    odd = [name for name, usd in PRICES.items() if len(usd) != 3 or not are_numbers(*usd)]
+    odd = [
+        name
+        for name, usd in PRICES.items()
+        if not (isinstance(usd, tuple) and len(usd) == 3 and are_numbers(*usd))
+    ]
+    names = label_finder(tuple(LABELS))[1]
     for wrong, why in (
         (odd, f"PRICES: {odd} must have three numbers: in, out, in from the cache"),
         (FALLBACK not in LABELS, f"FALLBACK must be one of LABELS, not {FALLBACK!r}"),
-        (
-            len(label_finder(tuple(LABELS))[1]) < len(LABELS),
-            "two LABELS differ by case or hyphens only",
-        ),
+        ("" in names or len(names) < len(LABELS), "LABELS: one is empty, or differs by case only"),
         (not (key or options.dry_run), "set TOKENHUB_KEY; any word for a server that needs none"),
         (not re.fullmatch("[!-~]*", key), "TOKENHUB_KEY has characters that no key has"),
-        (re.search("[\ud800-\udfff]", "".join(models)), "the name of the model is not UTF-8"),
+        (not all(models), "MODEL is missing"),
+        (
+            re.search(SURROGATES, "".join(filter(None, models))),
+            "the name of the model is not UTF-8",
+        ),
         (min(options.concurrency, options.limit) < 1, "--concurrency and --limit begin at 1"),
         (options.rpm and not 0.01 <= options.rpm < math.inf, "--rpm must be 0 or at least 0.01"),
         (not budget_usd >= 0, "--budget cannot be negative"),
-        (budget_usd and unpriced, f"PRICES lacks {', '.join(unpriced)}; add it, or use --budget 0"),
+        (budget_usd and unpriced, f"PRICES lacks {unpriced}; add it, or use --budget 0"),
     ):
         if wrong:
             raise InputError(why)
     url = checked_url(os.environ.get("TOKENHUB_URL") or TOKENHUB_URL)
-    chinese_model = models[1] if len(models) > 1 else None
-    changed = {"model": models[0], "chinese_model": chinese_model, "budget_usd": budget_usd}
-    return Namespace(**vars(options) | changed, url=url, key=key)
+    changed = {"model": models[0], "chinese_model": models[1] if models[1:] else None}
+    return Namespace(**vars(options) | changed | {"budget_usd": budget_usd}, url=url, key=key)
 
 
 def label_all(job: Namespace) -> int:

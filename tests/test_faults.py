@@ -249,7 +249,7 @@ def test_every_fault_ends_as_the_table_says(case: Case, matrix: dict[Case, Outco
 
 @pytest.mark.parametrize("fault", ["status_503", "empty_200", "cut_before", "length", "status_451"])
 async def test_twenty_first_tickets_that_fail_after_their_retries_stop_the_run(fault: str, desk: Desk) -> None:
-    desk.edit(**SETTINGS | {"MAX_RETRIES": 1, "MAX_STUCK_S": 60.0})
+    desk.edit(**SETTINGS | {"MAX_RETRIES": 1, "MAX_STUCK_S": 60.0, "HOLD_MAX_S": 0.05})
     desk.write(tickets := {f"t{n}": f"Ticket {n}" for n in range(60)})
     async with Gateway(Script(rpm=0, latency_s=0, refusal_s=0, faults=(Fault(fault),))) as gateway:
         outcome = Outcome(await desk.run(gateway, "--rpm", "0", "--concurrency", "4"), gateway, tickets)
