@@ -30,7 +30,7 @@ def test_a_contestant_that_breaks_gives_the_benchmark_its_exit_status(tmp_path: 
     broken = tmp_path / "broken.py"
     broken.write_text("raise SystemExit(3)")
     monkeypatch.setitem(trial.PROGRAMS, trial.NAIVE, broken)
-    monkeypatch.setattr(sys, "argv", ["benchmark", "--quick", "--tickets", "20", "d"])
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--quick", "--tickets", "20", "b"])
     assert main() == 1
 
 

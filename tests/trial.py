@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -38,7 +39,7 @@ PROGRAMS = {
     SDK: HERE / "contestants" / "openai_sdk.py",
 }
 RIVALS = (NAIVE, SDK)
-CONCURRENCY = 40  # of every contestant
+CONCURRENCY, TIMEOUT_S = 40, 60  # of every contestant
 
 # ---- The tickets -----------------------------------------------------------------------------------------
 
@@ -53,12 +54,12 @@ WORDS = ("lorem", "ipsum", "dolor", "sit", "amet", "consectetur", "adipiscing", 
 FILLER = " ".join(random.Random(1).choices(WORDS, k=500))
 
 
-def write_tickets(path: Path, count: int) -> None:
-    """Tickets of about 1,200 characters, 300 tokens, no two alike."""
+def write_tickets(path: Path, numbers: range) -> None:
+    """Tickets of about 1,200 characters, 300 tokens, no two numbers alike."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(("id", "body"))
-        for n in range(count):
+        for n in numbers:
             rows.writerow((f"t{n}", f"Hello, {TOPICS[n % 5]}. See number {n}. {FILLER[n % 997 :][:1150]}"))
 
 
@@ -138,12 +139,33 @@ class Trial:
     script: Script | None = None  # None: the lean server
     rpm: int = 0  # that classify.py is told, the only one that can be told any; 0: that there is no limit
     killed_once: bool = False  # with signal 9, when half of the tickets are answered; then run again
+    runs: int = 1  # processes at a time, each with its share of the tickets and its own output
+    timeout_s: float = TIMEOUT_S
 
     @property
     def told(self) -> str:
         if self.who != OURS:
             return "-"
         return f"{self.rpm:,}/min" if self.rpm else "no limit"
+
+    @property
+    def parts(self) -> list[range]:
+        """The numbers of the tickets of each run."""
+        size = self.tickets // self.runs
+        return [range(n * size, (n + 1) * size) for n in range(self.runs)]
+
+    @property
+    def possible_s(self) -> float:
+        """Tickets over what the stand-in lets in or works off, and the share of it that it answers in whole."""
+        script = self.script
+        at_once = min(filter(None, (script.servers, script.max_in_flight, CONCURRENCY * self.runs)))
+        per_s = min(script.rpm / 60 or math.inf, at_once / script.latency_s)
+        return self.tickets / (per_s * math.prod(1 - fault.share for fault in script.faults))
+
+    @property
+    def deadline_s(self) -> float:
+        """When a contestant is ended, since none may hold up the benchmark; what it has not written is lost."""
+        return 60 + 5 * self.possible_s if self.script else 3600
 
 
 @dataclass
@@ -179,11 +201,6 @@ class Outcome:
         """From the first request to the last answer."""
         return max((at for at, status in self.served.events if status == 200), default=math.inf) - self.served.first_s
 
-    @property
-    def share(self) -> float:
-        """Tickets rightly labelled over what the true limit allows while it answered."""
-        return self.right / (self.trial.script.rpm / 60 * self.answering_s)
-
 
 class Bench:
     """The scale of this run, its folder, and the machinery to run trials."""
@@ -193,47 +210,52 @@ class Bench:
         self.speed = 5 if quick else 1  # of every limit
         self.rivals = RIVALS[:1] if quick else RIVALS  # the SDK takes its time to start
         self.broken: set[str] = set()  # contestants that ended in an error
-        self.program = Path(shutil.copy(PROGRAMS[OURS], folder))  # which may be edited meanwhile
+        # Ours is read once, as it may be edited meanwhile; its time-out is the only setting that is no option.
+        self.before, self.after = re.split(r"(?<=^TIMEOUT = )\d+", PROGRAMS[OURS].read_text("utf-8"), flags=re.M)
 
     def count(self, full: int, quick: int) -> int:
         """How many tickets a cell takes."""
         return self.given or (quick if self.quick else full)
 
-    def tickets(self, count: int) -> Path:
-        """A CSV of so many."""
-        path = self.folder / f"{count}.csv"
+    def tickets(self, numbers: range) -> Path:
+        """A CSV of these."""
+        path = self.folder / f"{numbers.start}-{numbers.stop}.csv"
         if not path.exists():
-            write_tickets(path, count)
+            write_tickets(path, numbers)
         return path
 
     def run(self, trials: Iterable[Trial], jobs: int = 1) -> list[Outcome]:
         """The outcome of each; at most so many at once."""
         trials = list(trials)
-        for count in {trial.tickets for trial in trials}:
-            self.tickets(count)
+        for part in {part for trial in trials for part in trial.parts}:
+            self.tickets(part)
         with ThreadPoolExecutor(jobs) as pool:
             return list(pool.map(self.try_one, trials))
 
     def try_one(self, trial: Trial) -> Outcome:
-        """Runs the contestant in a new folder against a new stand-in."""
-        folder = Path(tempfile.mkdtemp(dir=self.folder))
-        (folder / "tickets.csv").symlink_to(self.tickets(trial.tickets))
+        """Runs the contestant, each run in a new folder, against a new stand-in."""
+        folders = [Path(tempfile.mkdtemp(dir=self.folder)) for _ in trial.parts]
+        for folder, part in zip(folders, trial.parts, strict=True):
+            (folder / "tickets.csv").symlink_to(self.tickets(part))
         with served(trial.script) as pipe:
             url = pipe.recv()
             if trial.killed_once:
-                process = self.start(trial, folder, url)
-                while process.poll() is None and how_many(pipe) < trial.tickets / 2:
+                processes = [self.start(trial, folder, url) for folder in folders]
+                while any(process.poll() is None for process in processes) and how_many(pipe) < trial.tickets / 2:
                     time.sleep(0.02)
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            self.start(trial, folder, url).wait()
+                end(processes, 0)
+            end([self.start(trial, folder, url) for folder in folders], trial.deadline_s)
             pipe.send("enough")
-            outcome = Outcome(trial, *self.used(folder), pipe.recv(), self.labels(trial, folder))
+            labels = {text: label for folder in folders for text, label in self.labels(trial, folder).items()}
+            statuses, walls, cpus, peaks = zip(*(self.used(trial, folder) for folder in folders), strict=True)
+            used = next(filter(None, statuses), 0), max(walls), sum(cpus), max(peaks)
+            outcome = Outcome(trial, *used, pipe.recv(), labels)
         print(f"  {trial.who}: exit {outcome.status} after {outcome.wall_s:.1f} s", file=sys.stderr)
         if outcome.status or outcome.served.requests < trial.tickets:
             self.broken.add(trial.who)
-            print((folder / "log").read_text()[-2000:], file=sys.stderr)
-        shutil.rmtree(folder)
+            print((folders[0] / "log").read_text()[-2000:], file=sys.stderr)
+        for folder in folders:
+            shutil.rmtree(folder)
         return outcome
 
     def start(self, trial: Trial, folder: Path, url: str) -> subprocess.Popen:
@@ -242,17 +264,21 @@ class Bench:
             k: v for k, v in os.environ.items() if not k.upper().endswith("_PROXY") and not k.startswith("TOKENHUB")
         }
         ours = {"TOKENHUB_URL": url, "TOKENHUB_KEY": "stand-in-key", "SYSTEM_PROMPT": SYSTEM_PROMPT}
+        ours["TIMEOUT_S"] = f"{trial.timeout_s:g}"  # which the others read
         program = (PROGRAMS[trial.who],)
         if trial.who == OURS:
-            program = (self.program, "--rpm", f"{trial.rpm}", "--budget", "0")
+            program = (folder / "classify.py", "--rpm", f"{trial.rpm}", "--budget", "0")
+            program[0].write_text(f"{self.before}{trial.timeout_s:g}{self.after}", "utf-8")
         with open(folder / "log", "a") as log:
             return subprocess.Popen(
                 (sys.executable, "-ISc", MEASURE, sys.executable, *program), cwd=folder, env=clean | ours,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 
-    def used(self, folder: Path) -> tuple[int, float, float, float]:
-        """Exit status, wall time, CPU time and peak memory in MB of the last process."""
+    def used(self, trial: Trial, folder: Path) -> tuple[int, float, float, float]:
+        """Exit status, wall time, CPU time and peak memory in MB of the last process, if no deadline ended it."""
+        if not (folder / "used").exists():
+            return -signal.SIGKILL, trial.deadline_s, 0.0, 0.0
         status, wall_s, cpu_s, peak = json.loads((folder / "used").read_text())
         return status, wall_s, cpu_s, peak / RSS_PER_MB
 
@@ -269,3 +295,14 @@ class Bench:
 def how_many(pipe: Connection) -> int:
     pipe.send("how many?")
     return pipe.recv()
+
+
+def end(processes: list[subprocess.Popen], after_s: float) -> None:
+    """Waits for all, so long at most; then those that are left are killed with their children."""
+    deadline = time.monotonic() + after_s
+    for process in processes:
+        try:
+            process.wait(max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

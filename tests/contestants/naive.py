@@ -12,6 +12,7 @@ LABELS = {"billing", "bug", "how-to", "feature-request", "other"}
 PROMPT = os.environ.get("SYSTEM_PROMPT", f"Classify the support ticket. Answer with one of: {', '.join(LABELS)}.")
 CONCURRENCY = 40
 MAX_RETRIES = 3
+TIMEOUT_S = float(os.environ.get("TIMEOUT_S", 60))
 
 
 async def classify(session: aiohttp.ClientSession, semaphore: asyncio.Semaphore, ticket: dict) -> dict:
@@ -37,7 +38,7 @@ async def classify(session: aiohttp.ClientSession, semaphore: asyncio.Semaphore,
 
 async def classify_all(tickets: list[dict]) -> list[dict]:
     semaphore = asyncio.Semaphore(CONCURRENCY)
-    timeout = aiohttp.ClientTimeout(total=60)
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {KEY}"}, timeout=timeout) as session:
         return await asyncio.gather(*(classify(session, semaphore, ticket) for ticket in tickets))
 

@@ -1,4 +1,4 @@
-"""The OpenAI SDK with its own retries, a semaphore, gather, and the file at the end."""
+"""The OpenAI SDK, a semaphore, gather, and the file at the end; with a time-out, and more than its two retries."""
 
 import asyncio
 import csv
@@ -10,6 +10,8 @@ from openai import AsyncOpenAI, OpenAIError
 LABELS = {"billing", "bug", "how-to", "feature-request", "other"}
 PROMPT = os.environ.get("SYSTEM_PROMPT", f"Classify the support ticket. Answer with one of: {', '.join(LABELS)}.")
 CONCURRENCY = 40
+MAX_RETRIES = 5  # as the SDK's README sets it
+TIMEOUT_S = float(os.environ.get("TIMEOUT_S", 60))  # the SDK's own is ten minutes
 
 
 async def classify(client: AsyncOpenAI, semaphore: asyncio.Semaphore, ticket: dict) -> dict:
@@ -27,7 +29,8 @@ async def classify(client: AsyncOpenAI, semaphore: asyncio.Semaphore, ticket: di
 async def classify_all(tickets: list[dict]) -> list[dict | BaseException]:
     semaphore = asyncio.Semaphore(CONCURRENCY)
     base_url = os.environ["TOKENHUB_URL"].removesuffix("/chat/completions")
-    async with AsyncOpenAI(base_url=base_url, api_key=os.environ["TOKENHUB_KEY"]) as client:
+    api_key = os.environ["TOKENHUB_KEY"]
+    async with AsyncOpenAI(base_url=base_url, api_key=api_key, timeout=TIMEOUT_S, max_retries=MAX_RETRIES) as client:
         calls = (classify(client, semaphore, ticket) for ticket in tickets)
         return await asyncio.gather(*calls, return_exceptions=True)
 
