@@ -159,12 +159,9 @@ def load_tickets(path: Path) -> Iterator[Ticket]:
             raise InputError(f"{path}:{line}: {kind}{error}") from None
 
 
-SURROGATES = "[\ud800-\udfff]"  # what `surrogateescape` makes of other bytes than UTF-8
-
-
 def check_utf8(cells: list[str]) -> None:
-    """Raises ValueError for a row that is not UTF-8."""
-    if not (text := "".join(cells)).isascii() and re.search(SURROGATES, text):
+    """Raises ValueError for what `surrogateescape` let through."""
+    if not (text := "".join(cells)).isascii() and re.search("[\ud800-\udfff]", text):
         raise ValueError("not UTF-8; save it as 'CSV UTF-8'")
 
 
@@ -1289,6 +1286,29 @@ NUMBERS = (
 )
 
 
+def contradictions(options: Namespace, models: list, budget_usd: float, key: str) -> tuple:
+    """What can be wrong, each with whether it is."""
+    unpriced = [name for name in models if name not in PRICES]
+    odd = [
+        name
+        for name, usd in PRICES.items()
+        if not (isinstance(usd, tuple) and len(usd) == 3 and are_numbers(*usd))
+    ]
+    names = label_finder(tuple(LABELS))[1]
+    return (
+        (odd, f"PRICES: {odd} must have three numbers: in, out, in from the cache"),
+        (FALLBACK not in LABELS, f"FALLBACK must be one of LABELS, not {FALLBACK!r}"),
+        ("" in names or len(names) < len(LABELS), "LABELS: one is empty, or differs by case only"),
+        (not (key or options.dry_run), "set TOKENHUB_KEY; any word for a server that needs none"),
+        (not re.fullmatch("[!-~]*", key), "TOKENHUB_KEY has characters that no key has"),
+        (not all(m and m.isprintable() for m in models), "MODEL is missing, or not UTF-8"),
+        (min(options.concurrency, options.limit) < 1, "--concurrency and --limit begin at 1"),
+        (options.rpm and not 0.01 <= options.rpm < math.inf, "--rpm must be 0 or at least 0.01"),
+        (not budget_usd >= 0, "--budget cannot be negative"),
+        (budget_usd and unpriced, f"PRICES lacks {unpriced}; add it, or use --budget 0"),
+    )
+
+
 def checked_job(options: Namespace) -> Namespace:
     """What the options, the settings and the environment ask for; raises InputError."""
     for name in NUMBERS:
@@ -1301,29 +1321,7 @@ def checked_job(options: Namespace) -> Namespace:
     key = os.environ.get("TOKENHUB_KEY", "").strip()
     models = [options.model] if options.model else [MODEL, *filter(None, [CHINESE_MODEL])]
     budget_usd = 0.0 if options.budget_usd == math.inf else options.budget_usd
-    unpriced = [name for name in models if name not in PRICES]
-    odd = [
-        name
-        for name, usd in PRICES.items()
-        if not (isinstance(usd, tuple) and len(usd) == 3 and are_numbers(*usd))
-    ]
-    names = label_finder(tuple(LABELS))[1]
-    for wrong, why in (
-        (odd, f"PRICES: {odd} must have three numbers: in, out, in from the cache"),
-        (FALLBACK not in LABELS, f"FALLBACK must be one of LABELS, not {FALLBACK!r}"),
-        ("" in names or len(names) < len(LABELS), "LABELS: one is empty, or differs by case only"),
-        (not (key or options.dry_run), "set TOKENHUB_KEY; any word for a server that needs none"),
-        (not re.fullmatch("[!-~]*", key), "TOKENHUB_KEY has characters that no key has"),
-        (not all(models), "MODEL is missing"),
-        (
-            re.search(SURROGATES, "".join(filter(None, models))),
-            "the name of the model is not UTF-8",
-        ),
-        (min(options.concurrency, options.limit) < 1, "--concurrency and --limit begin at 1"),
-        (options.rpm and not 0.01 <= options.rpm < math.inf, "--rpm must be 0 or at least 0.01"),
-        (not budget_usd >= 0, "--budget cannot be negative"),
-        (budget_usd and unpriced, f"PRICES lacks {unpriced}; add it, or use --budget 0"),
-    ):
+    for wrong, why in contradictions(options, models, budget_usd, key):
         if wrong:
             raise InputError(why)
     url = checked_url(os.environ.get("TOKENHUB_URL") or TOKENHUB_URL)

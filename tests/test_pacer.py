@@ -114,6 +114,7 @@ class Server:
         self.world, self.random = world, random.Random(seed)
         self.offset_s = self.random.uniform(0, 60)
         self.limiter = LIMITERS[world.limiter](world.possible) if world.limiter else None
+        self.outage_at = world.outage[0] + self.random.uniform(0, 5)
         self.busy, self.free_at, self.slots = 0, [0.0] * world.slots, asyncio.Semaphore(world.slots or 1)
 
     async def answer(self, number: int) -> tuple[object, float | None]:
@@ -135,7 +136,7 @@ class Server:
 
     def refusal(self, now: float) -> tuple[object, float | None]:
         world = self.world
-        if world.outage[0] <= now < world.outage[1]:
+        if self.outage_at <= now < world.outage[1]:
             return FAILED, None
         noisy = self.random.random() < world.noise
         if self.limiter:
@@ -422,7 +423,7 @@ def worlds() -> Iterator[tuple[str, str, World]]:
             for freed in (True, False):
                 server = World(slots / slot_s, slots=slots, slot_s=slot_s, freed=freed, timeout_s=timeout_s)
                 yield "slow", f"{slots} x {slot_s} s, TIMEOUT {timeout_s}, {'freed' if freed else 'kept'}", server
-    yield "slow", "always 5 to 20 s", World(40 / 12.5, latency_s=(5, 20))
+    yield "slow answers", "always 5 to 20 s", World(40 / 12.5, latency_s=(5, 20))
     for rpm in (0, 30_000):
         yield "no limit", f"told {rpm}", World(40 / 0.25, rpm, latency_s=(0.1, 0.4))
     for most in (5, 10):
