@@ -324,6 +324,7 @@ class Pacer:
         self.admit()
 
     def admit(self) -> None:
+        """Lets start who may; sets the timer for the next."""
         loop = asyncio.get_running_loop()
         now, stopping = loop.time(), self.stopping.is_set()
         while self.waiting and (
@@ -391,6 +392,7 @@ class Pacer:
         return wait_s
 
     def alarm(self, started: float, now: float) -> None:
+        """Takes a row of refusals as the gateway's word, and cuts the pace."""
         self.heard_at = self.alarm_at = now
         self.refused_pace = self.pace
         # some answers of the row are still under way
@@ -402,12 +404,13 @@ class Pacer:
             self.pace = min(FIRST_CUT * self.pace, START_PER_S)
 
     def rise(self, started: float, now: float) -> None:
+        """An answer raises the pace, where it is the pace that limits."""
         if self.since == -math.inf:
             self.since = started
         if self.refused_pace:
             if started > self.alarm_at:
                 self.judge(now, 0.0)
-        elif self.next_at > now and self.pace < self.most:  # only while it is the pace that limits
+        elif self.next_at > now and self.pace < self.most:
             if not self.plateau:
                 self.pace += 1 / max(now - started, 0.001)
             else:
@@ -510,7 +513,7 @@ class Meaning:
     advice: str = ""
 
 
-KEY_GRACE_S = 5.0  # a new key is answered 401 for its first two or three seconds
+KEY_GRACE_S = 5.0  # a new key gets 401 for two or three seconds
 MAX_STUCK_S = 300.0
 BUSY = Meaning(MAX_RETRIES, MAX_STUCK_S, FAILED)
 STOP = Meaning(0, 0, LET_IN)
@@ -584,7 +587,7 @@ EMPTY_DIGEST = request_digest(None, FALLBACK)  # of a ticket without text
 
 
 def request_body(model: str, text: str) -> dict:
-    """The JSON of one request; the prompt stands first, so that every ticket shares its prefix."""
+    """The JSON of one request; every ticket shares the prompt as prefix."""
     messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": text}]
     body = {"model": model, "messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0}
     body |= {"logprobs": LOGPROBS or None} | EXTRA_BODY
@@ -729,7 +732,7 @@ class Result:
 
     @property
     def fits(self) -> bool:
-        """Whether LABELS and FALLBACK still give this label, or a person wrote it in."""
+        """Whether LABELS and FALLBACK still give this label."""
         return self.label in LABELS and (self.label == FALLBACK or self.label != self.fallback)
 
     def line(self) -> bytes:
@@ -753,7 +756,7 @@ def parse_result(line: bytes) -> Result:
 
 
 def result_of(ticket: Ticket, model: str, digest: str, outcome: Outcome, key: str) -> Result:
-    """The line for one request; a reply that names no label becomes FALLBACK, and stands beside."""
+    """The line for one request; a reply without a label stands beside FALLBACK."""
     usage = outcome.usage or estimated_usage(ticket.text)
     usage = usage if outcome.meaning.billed else Usage(0, 0)
     label = named = reply = error = at = None
@@ -941,7 +944,7 @@ class Run:
         self.trouble_s, self.trouble_at = 0.0, 0.0  # and for how long nothing else was met
 
     def stop(self, why: str) -> None:
-        """Lets no further request start; what is in flight is paid for, and may finish."""
+        """Lets no further request start; what is in flight may finish."""
         self.stopped = self.stopped or why
         self.pacer.stop()
 

@@ -100,7 +100,7 @@ def slow_answers(bench: Bench) -> str:
     for o in bench.run(Trial(who, count, script) for who in (BARE, OURS, *bench.rivals)):
         ideal_s = o.served.worked_s / CONCURRENCY
         times = (o.wall_s, o.answering_s)
-        rows.append((o.trial.who, f"{ideal_s:.1f} s", *(f"{s:.1f} s, {s / ideal_s:.3f}" for s in times)))
+        rows.append((o.trial.who, f"{ideal_s:.1f} s", *(f"{s:.1f} s, {s / (ideal_s or 1):.3f}" for s in times)))
     title = f"(b) {count:,} tickets, {CONCURRENCY} in flight, 0.1 s ± 30% to an answer, to 3% of them five times that"
     return table(title, "|ideal|wall time of the program|first request to last answer", rows)
 
