@@ -40,7 +40,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
+from email.utils import format_datetime, parsedate_to_datetime
 from pathlib import Path
 
 import aiohttp
@@ -111,15 +111,14 @@ def printable(text: str, limit: int = 300) -> str:
 
 
 def letters(text: str) -> str:
-    """Letters and digits alone, in lower case, without JSON's escapes."""
-    text = re.sub(r"\\u([0-9a-f]{4})", lambda code: chr(int(code[1], 16)), text.casefold())
-    return "".join(filter(str.isalnum, re.sub(r"\\[nrt]", "", text)))
+    """Letters and digits alone, in lower case."""
+    return "".join(filter(str.isalnum, text.casefold()))
 
 
 def repeats(message: str, ticket: str) -> bool:
     """Whether eight letters in a row of a gateway's message are the ticket's."""
-    said, ticket = letters(message), letters(ticket)
-    run = min(8, len(ticket))
+    said, ticket = letters(message), letters(ticket) + "," + letters(json.dumps(ticket))
+    run = min(8, ticket.index(","))
     return any(said[start : start + run] in ticket for start in range(len(said) - run + 1))
 
 
@@ -165,30 +164,27 @@ def check_utf8(cells: list[str]) -> None:
         raise ValueError("not UTF-8; save it as 'CSV UTF-8'")
 
 
-def find_columns(header: list[str]) -> tuple[int, int, list[int], int]:
-    """The number of columns, and where id, texts and gold label stand; -1: nowhere."""
+def find_columns(header: list[str]) -> tuple[int, list[int], int]:
+    """How many there are, where id and texts stand, and the gold label or -1."""
     check_utf8(header)
     names = [name.strip().casefold() for name in header]
-    needed = [name.casefold() for name in (ID_COLUMN, *TEXT_COLUMNS)]
-    if missing := [name for name in (ID_COLUMN, *TEXT_COLUMNS) if name.casefold() not in names]:
-        # shown only where it is surely a header: it may be a customer's ticket
-        sure = any(re.fullmatch("([a-z]+[ _-])?id", name) for name in names)
-        there = f"; there are: {printable(', '.join(header), 1000)}" if sure else ""
-        raise ValueError(f"no column {', '.join(missing)}: set ID_COLUMN, TEXT_COLUMNS{there}")
-    if twice := [name for name in (*needed, "label") if names.count(name) > 1]:
-        raise ValueError(f"two columns are named {twice[0]}")
-    id_at, *texts_at = map(names.index, needed)
-    return len(names), id_at, texts_at, names.index("label") if "label" in names else -1
+    for name in (ID_COLUMN, *TEXT_COLUMNS, "label"):
+        if names.count(name.casefold()) > 1:
+            raise ValueError(f"two columns are named {name}")
+        if name.casefold() not in names and name != "label":
+            needed = ", ".join((ID_COLUMN, *TEXT_COLUMNS))
+            raise ValueError(f"needs the columns {needed}: set ID_COLUMN, TEXT_COLUMNS to yours")
+    needed = [names.index(name.casefold()) for name in (ID_COLUMN, *TEXT_COLUMNS)]
+    return len(names), needed, names.index("label") if "label" in names else -1
 
 
-def parse_row(
-    row: list[str], line: int, width: int, id_at: int, texts_at: list[int], gold_at: int
-) -> Ticket:
+def parse_row(row: list[str], line: int, width: int, needed: list[int], gold_at: int) -> Ticket:
     """One row; raises ValueError where it does not say clearly which ticket it is."""
     check_utf8(row)
     if any(row[width:]):
         raise ValueError("more fields than columns; text with commas or line ends needs quotes")
-    if max(id_at, *texts_at) >= len(row) or not row[id_at].strip():
+    id_at, *texts_at = needed
+    if max(needed) >= len(row) or not row[id_at].strip():
         raise ValueError(f"a ticket needs {ID_COLUMN} and {' and '.join(TEXT_COLUMNS)}")
     body = "\n\n".join(row[at] for at in texts_at if row[at].strip())
     gold = row[gold_at].strip() if 0 <= gold_at < len(row) else ""
@@ -252,6 +248,7 @@ LET_IN, REFUSED, FAILED, TIMED_OUT, NOT_SENT = range(5)  # how a request ends, f
 HEADROOM = 0.99  # of RPM, as clocks differ
 START_PER_S = 10.0  # where RPM is 0
 SLACK_S = 0.05  # a late timer may be made up for by so much
+OUTAGE = 5  # failures in a row hold everybody
 HOLD_S = 0.8  # nothing is sent for so long, if no Retry-After says more
 HOLD_MAX_S = 5.0
 ALARM = 8.0  # so improbable (log likelihood ratio) must refusals be to be the gateway's word
@@ -259,9 +256,7 @@ QUIET = 0.0035  # of the requests may be refused without a meaning, in any case
 CUT, FIRST_CUT = 0.93, 0.8  # of the rate let through; of the pace, as long as little is known
 TRUST = 8  # answers make a rate
 PAST = 8  # stretches between two alarms are remembered
-OUTAGE = 5  # failures in a row hold everybody
-MOST_NOISE = 0.5  # a greater share of refusals is never noise
-RISE_CYCLES, RISE_MIN_S, RISE_MAX_S = 3.0, 16.0, 60.0  # until the pace is where it was refused
+RISE_S = 40.0  # until the pace is where it was refused
 SPAN_S = 60.0  # what is older counts half
 
 
@@ -279,23 +274,23 @@ class Pacer:
     """When each request may start: a pace for the gateway's limit, a window for its slowness.
 
     More refusals than usual raise an alarm: the pace is cut to what was let through, and rises
-    again as a cubic (RFC 9438). Below what was let through before, a
-    limit refuses nothing: what is still refused there is noise, and usual from then on.
+    again as a cubic (RFC 9438). Below what was let through before, a limit refuses nothing: what
+    is still refused there is noise, and usual from then on.
     """
 
     def __init__(self, rpm: float, concurrency: int) -> None:
         self.most = HEADROOM * rpm / 60 if rpm else math.inf
         self.pace = self.most if rpm else START_PER_S  # requests a second
         self.concurrency, self.window = concurrency, min(4.0, concurrency)
-        self.refusals = self.failures = 0  # in all; in a row
-        self.noise = QUIET  # the share of refusals that is usual
-        self.limited = False
         self.stopping = asyncio.Event()
         self.waiting: deque[asyncio.Future[float]] = deque()
         self.in_flight: list[float] = []  # when each was started
         self.timer: asyncio.TimerHandle | None = None
+        self.refusals = self.failures = 0  # in all; in a row
+        self.noise = QUIET  # the share of refusals that is usual
+        self.limited = False
         self.fastest_s = math.inf
-        self.next_at = self.quick_at = self.halved_at = -math.inf
+        self.next_at = self.halved_at = -math.inf
         self.alarm_at = self.heard_at = -math.inf  # what started before tells nothing new
         self.refused_pace = 0.0  # from an alarm until a request is let in again
         self.hold_s = HOLD_S
@@ -304,7 +299,6 @@ class Pacer:
         self.row_sent = self.row_refused = 0  # since refusals became more than usual
         self.past: deque[tuple[float, float]] = deque(maxlen=PAST)  # rate let in, share refused
         self.plateau = self.climb = self.risen_s = 0.0
-        self.rise_s = 1.0
 
     @property
     def limit_found(self) -> bool:
@@ -363,15 +357,11 @@ class Pacer:
     def resize(self, sign: int, started: float, now: float) -> None:
         """A quick answer adds a place; a slow one or a time-out halves, once a round trip."""
         took_s = now - started
-        if sign == LET_IN:
-            self.fastest_s = min(self.fastest_s, took_s)
-            queued_s = took_s - self.fastest_s
-            if took_s < TIMEOUT / 2 and queued_s < TIMEOUT / 4:
-                self.quick_at = now
-                self.window = min(self.window + 1, self.concurrency)
-            if queued_s < TIMEOUT / 2:
-                return
-        if started > max(self.halved_at, self.quick_at):
+        self.fastest_s = min(self.fastest_s, took_s)
+        queued_s = took_s - self.fastest_s
+        if sign == LET_IN and took_s < TIMEOUT / 2 and queued_s < TIMEOUT / 4:
+            self.window = min(self.window + 1, self.concurrency)
+        elif started > self.halved_at and (sign == TIMED_OUT or queued_s >= TIMEOUT / 2):
             self.halved_at, self.window = now, max(1.0, self.window / 2)
 
     def refuse(self, started: float, now: float, retry_after_s: float | None) -> float:
@@ -416,7 +406,7 @@ class Pacer:
             else:
                 if surprise(self.row_refused, self.row_sent, self.noise) <= ALARM / 2:
                     self.risen_s += 1 / self.pace
-                self.pace = self.plateau + self.climb * (self.risen_s / self.rise_s) ** 3
+                self.pace = self.plateau + self.climb * (self.risen_s / RISE_S) ** 3
             self.pace = min(self.pace, self.most)
         if now - self.since > 2 * SPAN_S:
             self.since, self.sent, self.refused = now - SPAN_S, self.sent / 2, self.refused / 2
@@ -425,22 +415,16 @@ class Pacer:
     def judge(self, now: float, through: float) -> None:
         """Ends a stretch: was it a limit, or noise? Sets the pace and how it rises."""
         pace, self.refused_pace = self.refused_pace, 0.0
-        let_in = self.sent - self.refused - sum(t > self.alarm_at for t in self.in_flight)
-        proven = self.empty_at > -math.inf
-        held = max(self.alarm_at - self.since, now - self.alarm_at) > SPAN_S
-        cycle_s = max((self.alarm_at if held else now) - self.since, 0.001)
-        if proven or not through:
-            through = max(through, let_in / cycle_s)
-        self.climb, below = pace, 0.0
-        self.rise_s = min(max(RISE_CYCLES * cycle_s, RISE_MIN_S), RISE_MAX_S)
+        let_in, below = self.sent - self.refused, 0.0
+        through = max(through, let_in / max(now - self.since, 0.001))
+        self.climb = pace
         if let_in < TRUST:
             self.plateau = max(FIRST_CUT * pace, min(pace, through))
         else:
             below = self.weigh(pace, through, let_in / (now - self.empty_at))
-        self.pace = self.plateau - below
-        self.risen_s = -self.rise_s * (below / self.climb) ** (1 / 3)
-        if let_in >= TRUST or not proven:
             self.since, self.empty_at, self.sent, self.refused = now, self.heard_at, 0.0, 0.0
+        self.pace = self.plateau - below
+        self.risen_s = -RISE_S * (below / self.climb) ** (1 / 3)
         self.row_sent = self.row_refused = 0
         self.hold_s, self.heard_at = HOLD_S, now
 
@@ -449,28 +433,19 @@ class Pacer:
         self.past.append((rate, (self.refused + 1) / (self.sent + 1)))
         best, usual = max(rate for rate, _ in self.past), min(share for _, share in self.past)
         explained = surprise(self.row_refused, self.row_sent, usual) < ALARM
-        self.limited = not (pace < CUT * best and usual < MOST_NOISE and explained)
+        self.limited = pace >= CUT * best or not explained
         if self.limited:
             self.noise = max(QUIET, min(usual, self.noise))
             self.plateau = min(through / (1 - self.noise), pace)
             return (1 - CUT) * self.plateau
         self.noise = max(QUIET, usual)
         self.plateau = self.climb = min(best / (1 - usual), self.most)
-        self.rise_s = RISE_MIN_S / 2
         return 0.0
 
 
 # ---- one call ----
 
-
-@dataclass(frozen=True)
-class Usage:
-    """The tokens of one request."""
-
-    tokens_in: int
-    tokens_out: int
-    cached: int = 0  # of those in
-    estimated: bool = False  # the gateway did not say
+FREE = {"tokens_in": 0, "tokens_out": 0}
 
 
 def estimated_tokens(text: str) -> int:
@@ -482,24 +457,27 @@ PROMPT_TOKENS, PROMPT_BYTES = estimated_tokens(SYSTEM_PROMPT), len(SYSTEM_PROMPT
 LABEL_TOKENS = math.ceil(estimated_tokens("".join(LABELS)) / max(1, len(LABELS)))
 
 
-def estimated_usage(text: str) -> Usage:
+def estimated_usage(text: str) -> dict:
     """About what a ticket costs."""
-    return Usage(PROMPT_TOKENS + estimated_tokens(text), LABEL_TOKENS, estimated=True)
+    tokens_in = PROMPT_TOKENS + estimated_tokens(text)
+    return {"tokens_in": tokens_in, "tokens_out": LABEL_TOKENS, "estimated": True}
 
 
-def most_usage(text: str) -> Usage:
+def most_usage(text: str) -> dict:
     """What a ticket costs at most: no tokenizer makes more tokens than there are bytes."""
     most_out = [EXTRA_BODY.get(name) or 0 for name in ("max_tokens", "max_completion_tokens")]
-    return Usage(PROMPT_BYTES + len(text.encode()) + 64, max(MAX_TOKENS, *most_out))
+    tokens_in = PROMPT_BYTES + len(text.encode()) + 64
+    return {"tokens_in": tokens_in, "tokens_out": max(MAX_TOKENS, *most_out)}
 
 
-def cost_usd(model: str, usage: Usage) -> float | None:
+def cost_usd(model: str, usage: dict) -> float | None:
     """Dollars by PRICES; None for a model that has no price there."""
     if model not in PRICES:
         return None
     price_in, price_out, price_cached = PRICES[model]
-    usd = (usage.tokens_in - usage.cached) * price_in + usage.cached * price_cached
-    return round((usd + usage.tokens_out * price_out) / 1e6, 12)
+    cached = usage.get("tokens_cached") or 0
+    usd = (usage["tokens_in"] - cached) * price_in + cached * price_cached
+    return round((usd + usage["tokens_out"] * price_out) / 1e6, 12)
 
 
 @dataclass(frozen=True)
@@ -508,7 +486,7 @@ class Meaning:
 
     retries: float  # the ticket is sent again so often, then it has failed
     patience_s: float  # the run stops after so long with nothing but this; 0: at once
-    sign: str  # for the pacer
+    sign: int  # for the pacer
     billed: bool = False  # surely or perhaps
     advice: str = ""
 
@@ -527,7 +505,8 @@ OUTCOMES = {  # by exception, status and finish_reason; 300, 400 and 500 stand f
     400: replace(STOP, patience_s=math.inf),
     401: Meaning(math.inf, KEY_GRACE_S, FAILED, advice="check TOKENHUB_KEY"),
     402: replace(STOP, advice="top up the account"),
-    **dict.fromkeys((404, 405), replace(STOP, advice="check TOKENHUB_URL and MODEL")),
+    404: replace(STOP, advice="check TOKENHUB_URL and MODEL"),
+    405: replace(STOP, advice="check TOKENHUB_URL"),
     **dict.fromkeys((408, 409, 425, 500), BUSY),
     429: Meaning(math.inf, MAX_STUCK_S, REFUSED),
     504: replace(BUSY, billed=True),
@@ -554,7 +533,7 @@ class Outcome:
 
     kind: int | str  # the row of OUTCOMES
     said: tuple[str, ...] = ()  # instead of a reply: the whole message, then shorter forms
-    usage: Usage | None = None  # where the gateway told
+    usage: dict | None = None  # where the gateway told
     reply: str | None = None  # a complete one
     confidence: float | None = None
     wait_s: float | None = None  # Retry-After
@@ -563,15 +542,10 @@ class Outcome:
     def meaning(self) -> Meaning:
         return OUTCOMES[self.kind]
 
-    def shown(self, text: str, key: str) -> str:
-        """The longest message that repeats nothing of the ticket, without the key."""
+    def shown(self, text: str) -> str:
+        """The longest message that repeats nothing of the ticket."""
         message = next((said for said in self.said if not repeats(said, text)), self.said[-1])
-        return "; ".join(filter(None, (printable(redacted(message, key)), self.meaning.advice)))
-
-
-def redacted(text: str, key: str) -> str:
-    """The text without the key; a few letters, such as `none`, are no secret."""
-    return text.replace(key, "***") if len(key) >= 8 else text
+        return "; ".join(filter(None, (printable(message), self.meaning.advice)))
 
 
 PROMPT_HASH = hashlib.blake2b(ascii((SYSTEM_PROMPT, EXTRA_BODY)).encode()).digest()
@@ -613,7 +587,7 @@ async def post(session: aiohttp.ClientSession, job: Namespace, model: str, text:
                 data = None  # too long for an answer
             except asyncio.IncompleteReadError as whole:
                 data = parse_json(whole.partial)
-            return outcome_of(got.status, got.headers, data)
+            return outcome_of(got.status, got.headers, data, job.key)
     except NO_CONNECTION as error:
         return Outcome("no connection", (f"no connection: {error}",))
     except TimeoutError:
@@ -630,41 +604,45 @@ def parse_json(raw: bytes) -> object:
         return None
 
 
-def outcome_of(status: int, headers: Mapping[str, str], data: object) -> Outcome:
+def redacted(text: str, key: str) -> str:
+    """The text without the key; a few letters, such as `none`, are no secret."""
+    return text.replace(key, "***") if len(key) >= 8 else text
+
+
+def outcome_of(status: int, headers: Mapping[str, str], data: object, key: str = "") -> Outcome:
     """What a response means: decided by status, then error.code, then text."""
     error = data.get("error") if isinstance(data, dict) else None
     if status < 300 and not error:
-        return answer_of(data)
+        return answer_of(data, key)
     fields = error if isinstance(error, dict) else {"message": error}
-    codes = [str(fields[name]) for name in ("code", "type") if fields.get(name)] or [""]
-    message = str(fields.get("message") or headers.get("location") or "")
-    heads = [f"{status} {code}: {message}" for code in codes]
+    codes = [redacted(str(fields[name]), key) for name in ("code", "type") if fields.get(name)]
+    code, message = (codes or [""])[0], fields.get("message") or headers.get("location") or ""
+    heads = [redacted(f"{status} {code}: {message}", key) for code in codes or [""]]
     kinds = [kind for begin, kind in KINDS.items() for head in heads if re.match(begin, head, re.I)]
     if status < 300:  # an error in the body of a 200
-        status = int(codes[0]) if re.fullmatch("[345][0-9][0-9]", codes[0]) else 500
+        status = int(code) if re.fullmatch("[345][0-9][0-9]", code) else 500
     kinds += [kind for kind in (status, status // 100 * 100, 500) if kind in OUTCOMES]
     wait_s = retry_after_s(headers)
     kind = "busy" if wait_s is not None and OUTCOMES[kinds[0]].sign == FAILED else kinds[0]
-    return Outcome(kind, (heads[0], f"{status} {codes[0]}", f"{status}"), wait_s=wait_s)
+    return Outcome(kind, (heads[0], f"{status} {code}", f"{status}"), wait_s=wait_s)
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Seconds by `retry-after-ms`, or by Retry-After, a number or a date (RFC 9110, 10.2.3)."""
-    with suppress(KeyError, ValueError, TypeError, OverflowError):
-        for name, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-            with suppress(KeyError, ValueError):
-                if 0 <= (wait_s := float(headers[name]) * unit_s) < math.inf:
-                    return wait_s
-        at = parsedate_to_datetime(headers["retry-after"])
-        now = parsedate_to_datetime(headers["date"]) if "date" in headers else datetime.now(UTC)
-        return max(0.0, (at - now).total_seconds())
+    """Seconds by Retry-After, a number or a date (RFC 9110, 10.2.3); None where there is none."""
+    given = headers.get("retry-after", "")
+    with suppress(ValueError):
+        return wait_s if 0 <= (wait_s := float(given)) < math.inf else None
+    with suppress(ValueError, TypeError, OverflowError):
+        sent = headers.get("date") or format_datetime(datetime.now(UTC))
+        wait = parsedate_to_datetime(given) - parsedate_to_datetime(sent)
+        return max(0.0, wait.total_seconds())
     return None
 
 
 MAX_REPLY = 200  # characters of one are looked at, and kept
 
 
-def answer_of(data: object) -> Outcome:
+def answer_of(data: object, key: str) -> Outcome:
     """The outcome of a 200: a reply where it is complete, or names its label."""
     usage = None
     try:
@@ -674,7 +652,7 @@ def answer_of(data: object) -> Outcome:
         content = (choice["message"]["content"] or "").encode(errors="replace").decode()
     except (KeyError, IndexError, TypeError, AttributeError):
         return Outcome("unreadable", ("200 without choices[0].message.content",), usage)
-    reply = content.rpartition("</think>")[2].strip()[:MAX_REPLY]
+    reply = redacted(content.rpartition("</think>")[2].strip()[:MAX_REPLY], key)
     whole = finish == "stop" or (finish == "length" and normalize_label(reply))
     if reply and whole and not reply.startswith("<think>"):
         return Outcome("answered", (), usage, reply, probability(choice))
@@ -682,14 +660,19 @@ def answer_of(data: object) -> Outcome:
     return Outcome(kind, (f"200 without a complete answer: finish_reason {finish}",), usage)
 
 
-def parse_usage(usage: object) -> Usage | None:
+def parse_usage(usage: object) -> dict | None:
     """The billed tokens, cached ones as DeepSeek or OpenAI reports them; None where not sane."""
     with suppress(AttributeError, KeyError):
         details = usage.get("prompt_tokens_details") or {}
         cached = usage.get("prompt_cache_hit_tokens", details.get("cached_tokens")) or 0
-        counts = usage["prompt_tokens"], usage["completion_tokens"], cached
+        tokens_in, tokens_out = usage["prompt_tokens"], usage["completion_tokens"]
+        counts = (tokens_in, tokens_out, cached)
         if all(isinstance(count, int) and 0 <= count < 10_000_000 for count in counts):
-            return Usage(*counts)
+            return {
+                "tokens_in": tokens_in,
+                "tokens_out": tokens_out,
+                "tokens_cached": cached or None,
+            }
     return None
 
 
@@ -704,98 +687,79 @@ def probability(choice: dict) -> float | None:
 
 # ---- results ----
 
-
-@dataclass(frozen=True)
-class Result:
-    """One line of labels.jsonl."""
-
-    id: str
-    label: str | None  # None only in the .bak: a request without an answer
-    model: str | None  # None: an empty ticket, which nobody was asked about
-    tokens_in: int
-    tokens_out: int
-    cost_usd: float | int | None  # None: the model has no price in PRICES
-    digest: str  # of what was asked; where it no longer fits the ticket, that is asked anew
-    reply: str | None = None  # where it was not simply the label
-    fallback: str | None = None  # FALLBACK, where the reply named no label
-    tokens_cached: int | None = None
-    confidence: float | int | None = None
-    estimated: bool | None = None
-    copy_of: str | None = None  # the id of an equal ticket, which was asked instead
-    error: str | None = None
-    at: str | None = None  # when it failed, so that no two failures are one line
-
-    @property
-    def key(self) -> int:
-        """The same for a line that stands in both files, which counts once."""
-        return hash((self.id, self.digest, self.at))
-
-    @property
-    def fits(self) -> bool:
-        """Whether LABELS and FALLBACK still give this label."""
-        return self.label in LABELS and (self.label == FALLBACK or self.label != self.fallback)
-
-    def line(self) -> bytes:
-        """The JSON line, without what does not apply."""
-        always = ("label", "model", "cost_usd")
-        record = {k: v for k, v in vars(self).items() if v is not None or k in always}
-        return json.dumps(record).encode() + b"\n"
+FIELDS = {  # of a line of labels.jsonl; what does not apply is left out
+    "id": str,
+    "label": str | None,  # None only in the .bak: a request without an answer
+    "model": str | None,  # None: an empty ticket, which needs no request
+    "digest": str,  # of what was asked; where it no longer fits the ticket, that is asked anew
+    "tokens_in": int,
+    "tokens_out": int,
+    "tokens_cached": int | None,
+    "estimated": bool | None,  # the gateway did not say how many tokens
+    "cost_usd": float | int | None,  # None: the model has no price in PRICES
+    "confidence": float | int | None,
+    "reply": str | None,  # where it was not simply the label
+    "fallback": str | None,  # FALLBACK, where the reply named no label
+    "copy_of": str | None,  # the id of the ticket whose equal request was answered
+    "error": str | None,
+    "at": str | None,  # when it failed, so that no two failures are one line
+}
 
 
-def parse_result(line: bytes) -> Result:
-    """The Result of one line; raises ValueError where it is none."""
-    record = parse_json(line)
-    if not isinstance(record, dict):
+def parse_line(line: bytes) -> dict:
+    """The fields of one line; raises ValueError where one makes no sense."""
+    if not isinstance(result := parse_json(line), dict):
         raise ValueError("not a JSON object")
-    values = {name: record.get(name) for name in Result.__annotations__}
-    for name, value in values.items():
+    for name, kind in FIELDS.items():
+        value = result.setdefault(name)
         sane = not isinstance(value, int | float) or 0 <= value < 2**53
-        if not (isinstance(value, Result.__annotations__[name]) and sane):
+        if not (isinstance(value, kind) and sane):
             raise ValueError(f"its {name} is {printable(repr(value), 40)}")
-    return Result(**values)
+    return result
 
 
-def result_of(ticket: Ticket, model: str, digest: str, outcome: Outcome, key: str) -> Result:
+def result_of(ticket: Ticket, model: str, digest: str, outcome: Outcome) -> dict:
     """The line for one request; a reply without a label stands beside FALLBACK."""
-    usage = outcome.usage or estimated_usage(ticket.text)
-    usage = usage if outcome.meaning.billed else Usage(0, 0)
-    label = named = reply = error = at = None
+    usage = FREE if not outcome.meaning.billed else outcome.usage or estimated_usage(ticket.text)
+    result = {"id": ticket.id, "label": None, "model": model, "digest": digest, **usage}
+    result["cost_usd"] = cost_usd(model, usage)
     if outcome.reply is None:
-        error, at = redacted(outcome.said[0], key)[:2000], datetime.now(UTC).isoformat()
-    else:
-        named = normalize_label(outcome.reply)
-        label = named or FALLBACK
-        reply = None if outcome.reply == named else redacted(outcome.reply, key)
-    return Result(
-        *(ticket.id, label, model, usage.tokens_in, usage.tokens_out, cost_usd(model, usage)),
-        *(digest, reply, FALLBACK if label and not named else None, usage.cached or None),
-        *(outcome.confidence, usage.estimated or None, None, error, at),
-    )
+        return result | {"error": outcome.said[0][:2000], "at": datetime.now(UTC).isoformat()}
+    label = normalize_label(outcome.reply)
+    result |= {"label": label or FALLBACK, "confidence": outcome.confidence}
+    if label != outcome.reply:
+        result["reply"] = outcome.reply
+    return result if label else result | {"fallback": FALLBACK}
 
 
-def copied(id_: str, twin: Result) -> Result:
+def fits(result: dict) -> bool:
+    """Whether LABELS and FALLBACK still give this label."""
+    label = result["label"]
+    return label in LABELS and (label == FALLBACK or label != result["fallback"])
+
+
+def copied(id_: str, twin: dict) -> dict:
     """The answer to an equal request as this ticket's, at no cost."""
-    if not twin.fits:
-        twin = replace(twin, label=FALLBACK, fallback=FALLBACK)
-    if id_ == twin.id:  # its own line, back from the .bak
+    if id_ == twin["id"] and fits(twin):  # its own line, back from the .bak
         return twin
-    free = {"tokens_in": 0, "tokens_out": 0, "tokens_cached": None, "cost_usd": 0.0}
-    return replace(twin, id=id_, copy_of=twin.copy_of or twin.id, estimated=None, **free)
+    free = FREE | {"tokens_cached": None, "estimated": None, "cost_usd": 0.0}
+    label = {} if fits(twin) else {"label": FALLBACK, "fallback": FALLBACK}
+    return twin | free | label | {"id": id_, "copy_of": twin["copy_of"] or twin["id"]}
 
 
-def identity(*paths: Path) -> list[tuple[int, int, int]]:
-    """Which files these are, and how long; shorter where one is not there."""
+def identity(path: Path) -> tuple[int, ...]:
+    """Which file this is, and how long; nothing where there is none."""
     with suppress(OSError):
-        stats = [os.stat(path) for path in paths]
-        return [(stat.st_dev, stat.st_ino, stat.st_size) for stat in stats]
-    return []
+        stat = os.stat(path)
+        return stat.st_dev, stat.st_ino, stat.st_size
+    return ()
 
 
 class Journal:
     """labels.jsonl, output and checkpoint in one: a line a ticket, appended as its answer arrives.
 
     Lines that no longer fit their ticket go to labels.jsonl.bak, as do requests without an answer:
-    the two hold all that was ever paid.
+    the two hold all that was ever paid. A line that stands in both counts once.
     """
 
     def __init__(self, path: Path) -> None:
@@ -803,13 +767,12 @@ class Journal:
         self.backup, self.lock_path = Path(f"{self.path}.bak"), Path(f"{self.path}.lock")
         self.lines: dict[str, str] = {}  # id: digest, of the lines that no ticket has asked for
         self.missing: dict[str, str] = {}  # id: digest, of the tickets that need a line,
-        self.gold: dict[str, str] = {}  # id: label by a person
         self.stale = 0  # and how many of these have one that no longer fits
-        self.torn = False  # the last line has no end
+        self.gold: dict[str, str] = {}  # id: label by a person
         self.answered: set[str] = set()  # digests
         self.failures: Counter[str] = Counter()  # digest: requests without an answer, earlier runs
-        self.in_backup: set[int] = set()  # keys
-        self.spent_usd = 0.0
+        self.in_backup: set[int] = set()  # hashes of lines
+        self.paid: Counter[str] = Counter()  # sums over all requests
 
     def lock(self) -> None:
         """Takes the output for this process; raises InputError where it cannot be had."""
@@ -817,37 +780,45 @@ class Journal:
             raise InputError(f"{self.path}: not a regular file")
         try:  # an SQLite transaction is a lock on every system, and ends with the process
             self.connection = sqlite3.connect(self.lock_path, timeout=0, isolation_level=None)
-            self.connection.execute("PRAGMA journal_mode = OFF")  # one file less to leave behind
             self.connection.execute("BEGIN EXCLUSIVE")
         except sqlite3.Error as error:
             raise InputError(f"{self.lock_path}: {error}; is another run at work?") from None
 
-    def records(self) -> Iterator[tuple[bool, str, bytes, Result]]:
-        """In the .bak or not, place, bytes, Result of each line; raises InputError."""
-        for path in filter(Path.exists, (self.backup, self.path)):
-            with open(path, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    self.torn = not line.endswith(b"\n")
-                    try:
-                        yield path == self.backup, f"{path}:{number}", line, parse_result(line)
-                    except ValueError as error:  # a crash leaves half a line
-                        if path == self.path and line.strip() and not self.torn:
-                            raise InputError(f"{path}:{number}: {error}; delete it") from None
+    def records(self, path: Path) -> Iterator[tuple[bytes, dict]]:
+        """Each line and its fields; raises InputError with the number of a wrong one."""
+        self.torn = False  # the last line has no end
+        with suppress(FileNotFoundError), open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                self.torn = not line.endswith(b"\n")
+                try:
+                    yield line, parse_line(line)
+                except ValueError as error:  # a crash leaves half a line
+                    if path == self.path and line.strip() and not self.torn:
+                        raise InputError(f"{path}:{number}: {error}; delete it") from None
 
     def load(self) -> None:
-        """Reads both files; raises InputError with the number of a line that is not understood."""
-        for in_backup, place, _, result in self.records():
-            if in_backup or result.key not in self.in_backup:
-                self.spent_usd += result.cost_usd or 0.0
-            if in_backup:
-                self.in_backup.add(result.key)
-                self.failures[result.digest] += result.label is None
-            elif result.label is None or result.id in self.lines:
-                raise InputError(f"{place}: no label, or the id of an earlier line; delete it")
-            else:
-                self.lines[result.id] = result.digest if result.fits else ""
-            if result.label in LABELS or result.fallback:
-                self.answered.add(result.digest)
+        """Reads both files; raises InputError for what is not understood."""
+        self.ours = identity(self.path)
+        for line, result in self.records(self.backup):
+            self.in_backup.add(hash(line.strip()))
+            self.failures[result["digest"]] += result["label"] is None
+            self.book(result, old=1)
+        for number, (line, result) in enumerate(self.records(self.path), 1):
+            if result["id"] in self.lines:
+                raise InputError(f"{self.path}:{number}: the id of an earlier line; delete it")
+            self.lines[result["id"]] = result["digest"] if fits(result) else ""
+            if hash(line.strip()) not in self.in_backup:
+                self.book(result)
+
+    def book(self, result: dict, old: int = 0) -> None:
+        """Adds a line to the sums."""
+        for name in ("tokens_in", "tokens_out", "tokens_cached", "estimated", "cost_usd"):
+            self.paid[name] += result.get(name) or 0
+        self.paid["unpriced"] += result["cost_usd"] is None
+        self.paid["large"] += result["tokens_out"] > most_usage("")["tokens_out"]
+        self.paid["old"] += old
+        if result["label"] in LABELS or result.get("fallback"):
+            self.answered.add(result["digest"])
 
     def expect(self, id_: str, digest: str) -> bool:
         """Notes a ticket that the output is to cover; True where it has its line already."""
@@ -857,57 +828,59 @@ class Journal:
             self.missing[id_] = digest
         return line == digest
 
-    def known(self) -> dict[str, Result]:
+    def known(self) -> dict[str, dict]:
         """By digest, what was answered already to requests of tickets that need a line."""
         wanted = self.answered.intersection(self.missing.values())
-        records = self.records() if wanted else ()
-        return {r.digest: r for *_, r in records if r.digest in wanted and r.label is not None}
+        both = (self.records(path) for path in (self.backup, self.path) if wanted)
+        lines = (result for _, result in itertools.chain.from_iterable(both))
+        return {r["digest"]: r for r in lines if r["digest"] in wanted and r["label"] is not None}
 
     def open(self) -> None:
         """Makes the output ready for new lines."""
+        if identity(self.path) != self.ours:
+            raise InputError(f"{self.path}: changed while it was read; run again")
         if self.stale or self.torn:
             self.retire()
         self.file = open(self.path, "ab", buffering=0)
-        self.ours = identity(self.path, self.lock_path)
+        self.ours = identity(self.path)
 
     def retire(self) -> None:
         """Moves old lines to the .bak; a crash leaves each in one file, or in both."""
-        before = identity(self.path)
         with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".classify-") as folder:
-            new = Path(folder, self.path.name)
+            new = Path(folder, "new")
             with open(new, "wb") as kept, open(self.backup, "ab") as backup:
-                for in_backup, _, line, result in self.records():
-                    if not in_backup and result.id not in self.missing:
+                for line, result in self.records(self.path):
+                    if result["id"] not in self.missing:
                         kept.write(line.rstrip() + b"\n")
-                    elif not in_backup and result.key not in self.in_backup:
+                    elif hash(line.strip()) not in self.in_backup:
                         backup.write(b"\n" + line)  # the line before it may be half a one
-                        self.in_backup.add(result.key)
                 for file in (backup, kept):
                     file.flush()
                     os.fsync(file.fileno())
             os.chmod(new, self.path.stat().st_mode)
-            if identity(self.path) != before:
-                raise InputError(f"{self.path}: changed while it was read; run again")
             os.replace(new, self.path)
 
-    def append(self, result: Result) -> None:
+    def append(self, result: dict) -> None:
         """Writes one line; raises OSError, or InputError where labels.jsonl is no longer ours."""
-        line, ours = result.line(), self.ours == identity(self.path, self.lock_path)
-        if result.label is None or not ours:
+        always = ("label", "model", "cost_usd")
+        shown = {name: v for name, v in result.items() if v is not None or name in always}
+        line = json.dumps(shown).encode() + b"\n"
+        if hash(line.strip()) not in self.in_backup:
+            self.book(result)
+        ours = self.ours == identity(self.path) and self.lock_path.exists()
+        if result["label"] is None or not ours:
             with open(self.backup, "ab") as backup:
                 backup.write(b"\n" + line)
         if not ours:
             why = "it or its .lock was changed; later answers are in the .bak: run again"
             raise InputError(f"{self.path}: {why}")
-        if result.label is not None:
+        if result["label"] is not None:
+            *file, size = self.ours
             if self.file.write(line) < len(line):
-                self.file.truncate(self.ours[0][-1])
+                self.file.truncate(size)
                 raise OSError(f"{self.path}: No space left on device")
-            device, inode, size = self.ours[0]
-            self.ours[0] = device, inode, size + len(line)
-            self.answered.add(self.missing.pop(result.id))
-        if result.key not in self.in_backup:
-            self.spent_usd += result.cost_usd or 0.0
+            self.ours = *file, size + len(line)
+            del self.missing[result["id"]]
 
 
 # ---- run ----
@@ -916,8 +889,7 @@ BACKOFF_S = 1.0  # the first retry waits up to this long, each further one up to
 BACKOFF_MAX_S = 30.0  # but never longer than this
 MAX_HOLD_S = 600.0  # a gateway that asks for a longer wait ends the run
 MAX_GAP_S = 60.0  # between two requests; what is longer was the machine's sleep
-RECENT = 50  # tickets of a model are judged together,
-FIRST = 20  # and its first ones by themselves
+RECENT, FIRST = 50, 20  # so many last, or first, tickets of a model are judged together
 INTERRUPTED = "interrupted"
 
 
@@ -935,7 +907,6 @@ class Run:
         self.job, self.journal, self.session, self.bar = job, journal, session, bar
         self.pacer = Pacer(job.rpm, job.concurrency)
         self.stopped = ""  # why nothing more is sent
-        self.spent_before_usd = journal.spent_usd
         self.reserved: list[float] = []  # $, what each request in flight can cost at most
         self.labelled = self.failed = 0
         self.asked: set[str] = set()  # digests of what is being asked, or has failed
@@ -963,11 +934,11 @@ class Run:
             answered = outcome.reply is not None
             has_failed = tries > meaning.retries and meaning.patience_s > 0 and not answered
             if meaning.billed or has_failed:
-                self.keep(result_of(ticket, model, digest, outcome, self.job.key))
+                self.keep(result_of(ticket, model, digest, outcome))
             if has_failed:
-                why = outcome.shown(ticket.text, self.job.key)
-                say(f"ticket {printable(ticket.id)} failed: {why}")
                 self.failed += 1
+                why = outcome.shown(ticket.text)
+                say(f"ticket {printable(ticket.id)} failed: {why}")
                 self.judge(model, False, why)
             if has_failed or answered:
                 return
@@ -980,11 +951,11 @@ class Run:
 
         While it is in flight, the most that it can cost is reserved.
         """
-        most_usd = cost_usd(model, most_usage(text)) or 0.0
+        most_usd, budget_usd = cost_usd(model, most_usage(text)) or 0.0, self.job.budget_usd
         while not self.stopped:
             started = await self.pacer.turn()
-            spent_usd = self.journal.spent_usd + sum(self.reserved) + most_usd
-            if not self.stopped and not 0 < self.job.budget_usd < spent_usd:
+            spent_usd = self.journal.paid["cost_usd"] + sum(self.reserved) + most_usd
+            if not self.stopped and not 0 < budget_usd < spent_usd:
                 self.reserved.append(most_usd)
                 outcome = await post(self.session, self.job, model, text)
                 self.reserved.remove(most_usd)
@@ -992,9 +963,7 @@ class Run:
                 return outcome, self.pacer.ended(started, outcome.meaning.sign, outcome.wait_s)
             self.pacer.ended(started, NOT_SENT)
             if not self.reserved:
-                self.stop(
-                    f"the budget of ${self.job.budget_usd:.2f} has no room for another ticket"
-                )
+                self.stop(f"the budget of ${budget_usd:.2f} has no room for another ticket")
             await self.sleep(0.1)  # what is in flight may cost less than it reserves
         return None
 
@@ -1008,21 +977,21 @@ class Run:
         if (outcome.wait_s or 0) > MAX_HOLD_S:
             why = f"; it asks to wait for {outcome.wait_s:.0f} s"
         if why or not patience_s:
-            self.stop(outcome.shown(text, self.job.key) + why)
+            self.stop(outcome.shown(text) + why)
 
-    def keep(self, result: Result) -> None:
+    def keep(self, result: dict) -> None:
         """Writes the result down and counts it; where that fails, the run stops."""
         try:
             self.journal.append(result)
         except (InputError, OSError) as error:
             self.stop(f"cannot write: {error}")
             return
-        if result.label is not None:
+        if result["label"] is not None:
             self.labelled += 1
             self.bar.update()
-            if result.model and not result.copy_of:
+            if result["model"] and not result.get("copy_of"):
                 why = "see each `reply`; check SYSTEM_PROMPT, MODEL"
-                self.judge(result.model, not result.fallback, why)
+                self.judge(result["model"], not result.get("fallback"), why)
 
     def judge(self, model: str, named: bool, why: str) -> None:
         """Stops the run where a model names a label for too few of its first, or last, tickets."""
@@ -1035,9 +1004,10 @@ class Run:
     def write_known(self) -> None:
         """Gives a line to each ticket that is empty, or whose request was answered already."""
         known = self.journal.known()
+        empty = {"label": FALLBACK, "model": None, "digest": EMPTY_DIGEST, **FREE, "cost_usd": 0.0}
         for id_, digest in list(self.journal.missing.items()):
             if digest == EMPTY_DIGEST:
-                self.keep(Result(id_, FALLBACK, None, 0, 0, 0.0, digest))
+                self.keep({"id": id_} | empty)
             elif digest in known:
                 self.keep(copied(id_, known[digest]))
 
@@ -1076,14 +1046,11 @@ def stop_on_signals(run: Run) -> None:
     """Lets the first Ctrl-C or SIGTERM end the run in order, and the second one at once."""
     loop, signals = asyncio.get_running_loop(), itertools.count()
 
-    def drain() -> None:
-        say("waiting for the answers in flight, which are paid for; press Ctrl-C again to stop now")
-        run.stop(INTERRUPTED)
-
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object) -> None:  # between any two steps of the program
         if next(signals) or loop.is_closed():
             os._exit(130)
-        loop.call_soon_threadsafe(drain)  # this runs between any two steps of the program
+        say("waiting for the answers in flight, which are paid for; press Ctrl-C again to stop now")
+        loop.call_soon_threadsafe(run.stop, INTERRUPTED)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupted)
@@ -1131,14 +1098,12 @@ async def label_tickets(job: Namespace, journal: Journal) -> Run:
 
 def survey(job: Namespace, journal: Journal) -> Counter:
     """Checks the whole CSV and counts what is to be sent; raises InputError."""
-    count, ids, requests = Counter(), set(), set()
+    count, lines, requests = Counter(), {}, set()
     for ticket in load_tickets(job.tickets):
-        if ticket.id in ids:
-            first = next(t.line for t in load_tickets(job.tickets) if t.id == ticket.id)
+        if (first := lines.setdefault(ticket.id, ticket.line)) != ticket.line:
             why = f"the id {printable(ticket.id)!r} stands in line {first} already"
             raise InputError(f"{job.tickets}:{ticket.line}: {why}")
-        ids.add(ticket.id)
-        if len(ids) > job.limit:
+        if len(lines) > job.limit:
             continue
         if ticket.gold:
             journal.gold[ticket.id] = ticket.gold
@@ -1147,95 +1112,81 @@ def survey(job: Namespace, journal: Journal) -> Counter:
         done = journal.expect(ticket.id, digest)
         count["tickets"] += 1
         count["done"] += done
-        count["empty"] += not model
         count["cut"] += len(ticket.body) > MAX_CHARS
-        if model and not done:
-            if digest in requests or digest in journal.answered:
-                count["known"] += 1
-                continue
+        if model and not done and digest not in requests | journal.answered:
             requests.add(digest)
-            count["send", model] += 1
-            count["tokens", model] += estimated_usage(ticket.text).tokens_in
+            count["send"] += 1
+            usage = estimated_usage(ticket.text)
+            count["tokens"] += usage["tokens_in"]
+            count["usd"] += cost_usd(model, usage) or 0
+            count["unpriced"] += model not in PRICES
     return count
 
 
-def dollars(usd: float | None) -> str:
+def dollars(usd: float, count: Counter) -> str:
     """An amount; "unpriced" where a model has no price."""
-    return "unpriced" if usd is None else f"${usd:.4f}"
+    return "unpriced" if count["unpriced"] else f"${usd:.4f}"
 
 
-def plan_of(job: Namespace, journal: Journal, count: Counter) -> list[str]:
-    """What a run would send, cost and take, by estimate; the first line has the main of it."""
-    sends = {key[1]: n for key, n in count.items() if key[0] == "send"}
-    usage = {model: Usage(count["tokens", model], LABEL_TOKENS * n) for model, n in sends.items()}
-    costs = {model: cost_usd(model, usage[model]) for model in sends}
-    usd = None if None in costs.values() else sum(costs.values())
-    send = sum(sends.values())
-    first = f"{send} of {count['tickets']} tickets to send: about {dollars(usd)}, "
-    least_s = 60 * send // (job.rpm or 1)
-    first += f"at least {timedelta(seconds=least_s)}" if job.rpm else "at the pace that is found"
-    first += f"; replaces {journal.stale} lines, which go to the .bak" * bool(journal.stale)
-    first += "; OVER THE BUDGET" * (0 < job.budget_usd < journal.spent_usd + (usd or 0))
-    model_lines = (
-        f"Model  : {model}, {n} tickets, about {usage[model].tokens_in:,} tokens in, "
-        f"{dollars(costs[model])}"
-        for model, n in sends.items()
+def plan_of(job: Namespace, journal: Journal, count: Counter) -> str:
+    """What a run would send, cost and take, by estimate."""
+    least = timedelta(seconds=60 * count["send"] // (job.rpm or 1))
+    usd = count["usd"]
+    parts = (
+        f"{count['send']} of {count['tickets']} tickets to send: about {dollars(usd, count)}",
+        f"{count['tokens']:,} tokens in",
+        f"at least {least}" if job.rpm else "at the pace that is found",
+        f"{count['done']} are done",
+        f"replaces {journal.stale} lines, which go to the .bak" * bool(journal.stale),
+        f"{count['cut']} are cut at {MAX_CHARS} characters" * bool(count["cut"]),
+        "OVER THE BUDGET" * (0 < job.budget_usd < journal.paid["cost_usd"] + usd),
     )
-    return [
-        first,
-        f"Tickets: {count['done']} done, {journal.stale} changed since, {count['empty']} empty, "
-        f"{count['known']} identical or asked before, {count['cut']} cut at {MAX_CHARS} characters",
-        *model_lines,
-        f"Budget : ${job.budget_usd:.2f}, of which ${journal.spent_usd:.4f} is spent; 0: no limit",
-    ]
+    return "; ".join(filter(None, parts))
 
 
-def totals_of(job: Namespace, journal: Journal) -> tuple[Counter, Counter]:
-    """Sums of the numbers and counts of the words in the lines: of all paid, and of the labels."""
-    paid, labels = Counter(), Counter()
-    for in_backup, _, _, line in journal.records():
-        fields = vars(line).items()
-        sums = {k: v if isinstance(v, int | float) else v is not None for k, v in fields}
-        if in_backup or line.key not in journal.in_backup:
-            large = line.tokens_out > most_usage("").tokens_out
-            paid.update(sums, unpriced=line.cost_usd is None, large=large, old=in_backup)
-        if not in_backup and line.id not in journal.lines:
-            unsure = line.confidence is not None and line.confidence < REVIEW_BELOW
-            gold = journal.gold.get(line.id)
-            labels.update(sums, unsure=unsure, right=gold == line.label, judged=bool(gold))
-            labels["=", line.label] += 1
-    return paid, labels
+def labels_of(journal: Journal) -> Counter:
+    """How many lines have each label, and how many of them need a look."""
+    count = Counter()
+    for _, line in journal.records(journal.path):
+        if line["id"] not in journal.lines:
+            label, gold = line["label"], journal.gold.get(line["id"])
+            count["lines"] += 1
+            count["=", label] += 1
+            count["copies"] += line["copy_of"] is not None
+            count["fallback"] += line["fallback"] is not None
+            count["unsure"] += line["confidence"] is not None and line["confidence"] < REVIEW_BELOW
+            count["judged"] += gold is not None
+            count["right"] += gold == label
+    return count
 
 
 def report(job: Namespace, journal: Journal, run: Run, cut: int) -> Iterator[str]:
     """The totals of the output, then what a person should know, where there is something."""
-    (paid, labels), pacer = totals_of(job, journal), run.pacer
-    yield f"Classified {+labels['id']} tickets"
+    paid, labels, pacer = journal.paid, labels_of(journal), run.pacer
+    yield f"Classified {labels['lines']} tickets"
     yield f"Tokens: {paid['tokens_in']:,} in / {paid['tokens_out']:,} out"
-    yield f"Cost  : {dollars(None if paid['unpriced'] else paid['cost_usd'])}"
+    yield f"Cost  : {dollars(paid['cost_usd'], paid)}"
     yield from ("", *(f"{label:<18}{labels['=', label]:>8}" for label in LABELS), "")
-    spent = dollars(journal.spent_usd - run.spent_before_usd)
+    spent = dollars(paid["cost_usd"] - job.spent_usd, paid)
     yield f"This run: {run.labelled} tickets labelled, {run.failed} failed, {spent}"
     cached = f"{paid['tokens_cached'] / (paid['tokens_in'] or 1):.0%}"
     pace = f"; set RPM to about {60 * pacer.pace:.0f}" * pacer.limit_found
+    accuracy = wilson(labels["right"], labels["judged"])
     for count, line in (
         (paid["old"], "Old or in vain: # requests, which stand in the .bak"),
         (paid["estimated"], "Estimated: # requests, of which the gateway told no tokens"),
-        (labels["copy_of"], "Identical: # tickets got the label of an equal one, at no cost"),
         (paid["tokens_cached"], f"Cached: {cached} of the tokens in, at a lower price"),
-        (cut, f"Note: # tickets were cut at {MAX_CHARS} characters"),
+        (paid["large"], "Note: # replies were longer than the tokens asked for"),
+        (labels["copies"], "Identical: # tickets got the label of an equal one, at no cost"),
         (labels["fallback"], f"Note: # tickets became {FALLBACK!r}: their `reply` names no label"),
         (labels["unsure"], f"Note: # tickets are worth a look: confidence below {REVIEW_BELOW}"),
-        (paid["large"], "Note: # replies were longer than the tokens asked for"),
+        (cut, f"Note: # tickets were cut at {MAX_CHARS} characters"),
         (pacer.refusals, f"Limit: # requests refused{pace}"),
         (len(journal.missing), "Not labelled: # tickets; run the same command again to send them"),
-        (
-            labels["judged"],
-            f"Accuracy: {wilson(labels['right'], labels['judged'])} labels by people",
-        ),
+        (labels["judged"], f"Accuracy: {accuracy} labels by people"),
     ):
         if count:
-            yield line.replace("#", f"{+count}")
+            yield line.replace("#", f"{count}")
 
 
 def wilson(right: int, of: int) -> str:
@@ -1283,53 +1234,47 @@ def are_numbers(*values: object) -> bool:
     return all(isinstance(value, int | float) and value >= 0 for value in values)
 
 
-NUMBERS = (
-    *("CONCURRENCY", "RPM", "TIMEOUT", "MAX_RETRIES", "MAX_TOKENS", "MAX_CHARS"),
-    *("BUDGET_USD", "REVIEW_BELOW"),
-)
+def is_json(value: object) -> bool:
+    """Whether it can be sent."""
+    with suppress(TypeError, ValueError, RecursionError):
+        return bool(json.dumps(value, allow_nan=False))
+    return False
 
 
-def contradictions(options: Namespace, models: list, budget_usd: float, key: str) -> tuple:
-    """What can be wrong, each with whether it is."""
-    unpriced = [name for name in models if name not in PRICES]
-    odd = [
-        name
-        for name, usd in PRICES.items()
-        if not (isinstance(usd, tuple) and len(usd) == 3 and are_numbers(*usd))
-    ]
-    names = label_finder(tuple(LABELS))[1]
-    return (
-        (odd, f"PRICES: {odd} must have three numbers: in, out, in from the cache"),
-        (FALLBACK not in LABELS, f"FALLBACK must be one of LABELS, not {FALLBACK!r}"),
-        ("" in names or len(names) < len(LABELS), "LABELS: one is empty, or differs by case only"),
-        (not (key or options.dry_run), "set TOKENHUB_KEY; any word for a server that needs none"),
-        (not re.fullmatch("[!-~]*", key), "TOKENHUB_KEY has characters that no key has"),
-        (not all(m and m.isprintable() for m in models), "MODEL is missing, or not UTF-8"),
-        (min(options.concurrency, options.limit) < 1, "--concurrency and --limit begin at 1"),
-        (options.rpm and not 0.01 <= options.rpm < math.inf, "--rpm must be 0 or at least 0.01"),
-        (not budget_usd >= 0, "--budget cannot be negative"),
-        (budget_usd and unpriced, f"PRICES lacks {unpriced}; add it, or use --budget 0"),
-    )
+def conditions(job: Namespace, models: list) -> Iterator[tuple[object, str]]:
+    """What must be true of settings, options and environment, and what to say where it is not."""
+    names = "CONCURRENCY RPM TIMEOUT MAX_RETRIES MAX_TOKENS MAX_CHARS BUDGET_USD REVIEW_BELOW"
+    for name in names.split():
+        yield are_numbers(globals()[name]), f"{name} must be a number, not negative"
+    for name, usd in PRICES.items():
+        right = isinstance(usd, tuple) and len(usd) == 3 and are_numbers(*usd)
+        yield right, f"PRICES: {name} must have three numbers: in, out, in from the cache"
+    found, json_object = label_finder(tuple(LABELS))[1], isinstance(EXTRA_BODY, dict)
+    yield json_object and is_json(EXTRA_BODY), "EXTRA_BODY cannot be sent as a JSON object"
+    yield FALLBACK in LABELS, f"FALLBACK must be one of LABELS, not {FALLBACK!r}"
+    yield "" not in found and len(found) == len(LABELS), "LABELS: one is empty, or there twice"
+    yield job.key or job.dry_run, "set TOKENHUB_KEY; any word for a server that needs none"
+    yield re.fullmatch("[!-~]*", job.key), "TOKENHUB_KEY has characters that no key has"
+    yield all(m and m.isprintable() for m in models), "MODEL is missing, or not UTF-8"
+    yield min(job.concurrency, job.limit) > 0, "--concurrency and --limit begin at 1"
+    yield job.rpm == 0 or 0.01 <= job.rpm < math.inf, "--rpm must be 0 or at least 0.01"
+    yield job.budget_usd >= 0, "--budget cannot be negative"
+    for name in models if job.budget_usd else ():
+        yield name in PRICES, f"PRICES lacks {name}; add it, or use --budget 0"
 
 
-def checked_job(options: Namespace) -> Namespace:
+def checked_job() -> Namespace:
     """What the options, the settings and the environment ask for; raises InputError."""
-    for name in NUMBERS:
-        if not are_numbers(globals()[name]):
-            raise InputError(f"{name} must be a number, not negative")
-    try:
-        json.dumps(EXTRA_BODY | {}, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"EXTRA_BODY cannot be sent as JSON: {error}") from None
-    key = os.environ.get("TOKENHUB_KEY", "").strip()
-    models = [options.model] if options.model else [MODEL, *filter(None, [CHINESE_MODEL])]
-    budget_usd = 0.0 if options.budget_usd == math.inf else options.budget_usd
-    for wrong, why in contradictions(options, models, budget_usd, key):
-        if wrong:
+    job = parse_arguments()
+    job.key = os.environ.get("TOKENHUB_KEY", "").strip()
+    models = [job.model] if job.model else [MODEL, *filter(None, [CHINESE_MODEL])]
+    job.model, job.chinese_model = models[0], models[1] if models[1:] else None
+    job.budget_usd = 0.0 if job.budget_usd == math.inf else job.budget_usd
+    for right, why in conditions(job, models):
+        if not right:
             raise InputError(why)
-    url = checked_url(os.environ.get("TOKENHUB_URL") or TOKENHUB_URL)
-    changed = {"model": models[0], "chinese_model": models[1] if models[1:] else None}
-    return Namespace(**vars(options) | changed | {"budget_usd": budget_usd}, url=url, key=key)
+    job.url = checked_url(os.environ.get("TOKENHUB_URL") or TOKENHUB_URL)
+    return job
 
 
 def label_all(job: Namespace) -> int:
@@ -1338,12 +1283,13 @@ def label_all(job: Namespace) -> int:
     if not job.dry_run:
         journal.lock()
     journal.load()
+    job.spent_usd = journal.paid["cost_usd"]
     count = survey(job, journal)
     plan = plan_of(job, journal, count)
     if job.dry_run:
-        show(plan)
+        show([plan])
         return 0
-    say(plan[0])
+    say(plan)
     journal.open()
     run = asyncio.run(label_tickets(job, journal))
     os.fsync(journal.file.fileno())
@@ -1369,7 +1315,7 @@ def main() -> int:
             setattr(sys, name, open(os.devnull, "w"))
         getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
-        return label_all(checked_job(parse_arguments()))
+        return label_all(checked_job())
     except InputError as error:
         say(f"classify.py: {error}")
     except OSError as error:

@@ -310,10 +310,6 @@ FORMS = [
     ({"Retry-After": " 2 "}, 2),
     ({"Retry-After": "0.25"}, 0.25),
     ({"retry-after": "99999"}, 99999),
-    ({"Retry-After-Ms": "1500"}, 1.5),
-    ({"retry-after-ms": "20", "Retry-After": "1"}, 0.02),  # which is the more exact
-    ({"retry-after-ms": "soon", "Retry-After": "1"}, 1),
-    ({"retry-after-ms": "-1", "Retry-After": "1"}, 1),
     ({"Retry-After": LATER, "Date": NOW}, 30),  # whatever the clock of this machine says
     ({"Retry-After": "Wednesday, 21-Oct-26 07:28:30 GMT", "Date": NOW}, 30),
     ({"Retry-After": "Wed Oct 21 07:28:30 2026 +0000", "Date": NOW}, 30),
@@ -321,7 +317,6 @@ FORMS = [
     ({"Retry-After": "Fri, 31 Dec 1999 23:59:59 GMT"}, 0),
     ({}, None),
     *(({"Retry-After": garbage}, None) for garbage in (*GARBAGE, "-0.1", "inf", "-inf", "5 s", "1,5", "9" * 5000)),
-    *(({"retry-after-ms": garbage}, None) for garbage in (*GARBAGE, "9" * 5000)),
     ({"Retry-After": "Fri, 31 Dec 99999999999999999999 23:59:59 GMT"}, None),
     ({"Retry-After": "Fri, 31 Dec 1999 23:59:59 -0000"}, None),
     ({"Retry-After": "Fri, 99 Foo 1999 99:99:99 +9999999"}, None),
