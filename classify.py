@@ -8,7 +8,7 @@
     python classify.py        # reads tickets.csv; --dry-run shows the cost, --help the options
 
 Each answer is on disk as it arrives, and the next run continues from there. A ticket without an
-answer gets no line, so it is never mistaken for a labelled one, and is sent again next time.
+answer gets no line, and is sent again next time.
 
     label_all       start here, at the end: check, plan, run, report
     survey          load_tickets (the CSV) against Journal (labels.jsonl): what is to be sent
@@ -106,8 +106,7 @@ def say(message: str) -> None:
 
 def printable(text: str, limit: int = 300) -> str:
     """Foreign text in one line, cut, its control characters escaped."""
-    text = " ".join(text[:limit].split())
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text[:limit].split()))
 
 
 def letters(text: str) -> str:
@@ -130,13 +129,10 @@ class Ticket:
     """One row of the CSV."""
 
     id: str
-    body: str
+    text: str
+    is_cut: bool  # at MAX_CHARS
     gold: str  # the label that a person gave, where there is a column `label`
     line: int  # where it begins
-
-    @property
-    def text(self) -> str:
-        return self.body[:MAX_CHARS]
 
 
 def load_tickets(path: Path) -> Iterator[Ticket]:
@@ -189,24 +185,23 @@ def parse_row(row: list[str], line: int, width: int, needed: list[int], gold_at:
     body = "\n\n".join(row[at] for at in texts_at if row[at].strip())
     gold = row[gold_at].strip() if 0 <= gold_at < len(row) else ""
     if gold and gold not in LABELS:
-        raise ValueError(f"the label is not one of {', '.join(LABELS)}")
-    return Ticket(row[id_at], body, gold, line)
+        raise ValueError(f"the label is none of {', '.join(LABELS)}")
+    return Ticket(row[id_at], body[:MAX_CHARS], len(body) > MAX_CHARS, gold, line)
 
 
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
 KANA = re.compile("[\u3041-\u3096\u30a1-\u30fa\uff66-\uff9f]")
 
 
-def contains_chinese(text: str) -> bool:
+def is_chinese(text: str) -> bool:
     """Whether there are Chinese characters, and no kana, which would make it Japanese."""
     return not text.isascii() and bool(HAN.search(text)) and not KANA.search(text)
 
 
-def pick_model(ticket: Ticket, model: str, chinese_model: str | None) -> str | None:
-    """The model for this ticket; None for an empty one, which needs no request."""
-    if not ticket.text.strip():
-        return None
-    return chinese_model if chinese_model and contains_chinese(ticket.body) else model
+def pick_model(text: str, job: Namespace) -> str | None:
+    """The model for a ticket; None for an empty one, which needs no request."""
+    model = job.chinese_model if job.chinese_model and is_chinese(text) else job.model
+    return model if text.strip() else None
 
 
 # ---- labels ----
@@ -453,20 +448,19 @@ def estimated_tokens(text: str) -> int:
     return math.ceil(0.3 * len(text) + 0.15 * (len(text.encode()) - len(text)))
 
 
-PROMPT_TOKENS, PROMPT_BYTES = estimated_tokens(SYSTEM_PROMPT), len(SYSTEM_PROMPT.encode())
 LABEL_TOKENS = math.ceil(estimated_tokens("".join(LABELS)) / max(1, len(LABELS)))
 
 
 def estimated_usage(text: str) -> dict:
-    """About what a ticket costs."""
-    tokens_in = PROMPT_TOKENS + estimated_tokens(text)
+    """About what a ticket costs, in tokens."""
+    tokens_in = estimated_tokens(SYSTEM_PROMPT) + estimated_tokens(text)
     return {"tokens_in": tokens_in, "tokens_out": LABEL_TOKENS, "estimated": True}
 
 
 def most_usage(text: str) -> dict:
     """What a ticket costs at most: no tokenizer makes more tokens than there are bytes."""
     most_out = [EXTRA_BODY.get(name) or 0 for name in ("max_tokens", "max_completion_tokens")]
-    tokens_in = PROMPT_BYTES + len(text.encode()) + 64
+    tokens_in = len(f"{SYSTEM_PROMPT}{text}".encode()) + 64
     return {"tokens_in": tokens_in, "tokens_out": max(MAX_TOKENS, *most_out)}
 
 
@@ -516,14 +510,14 @@ OUTCOMES = {  # by exception, status and finish_reason; 300, 400 and 500 stand f
     **dict.fromkeys(("stop", "length"), replace(PAID, retries=1, advice=THINKING)),  # empty or cut
     "unfinished": replace(PAID, retries=0),  # content_filter, and any other finish_reason
 }
-KINDS = {  # how status, error.code or type, and message begin, where they say more than the status
-    r"[234].. (insufficient_(user_)?(quota|balance)|billing_)": 402,
-    r"[234].. (authentication_error|invalid_api_key)": 401,
-    r"[234].. (unsupported_|unknown_parameter)": "parameter",
-    r"[234].. model_not_found": 404,
-    r"[234].. rate_limit_exceeded": 429,
-    r"429.*(insufficient (balance|quota)|exceeded your current quota)": 402,
-    r"400 \S*: (unsupported|unknown|unrecognized) (parameter|value|request argument)": "parameter",
+KINDS = {  # status, codes and message, where they say more than the status
+    r"^[234]..( \S+)? (insufficient_(user_)?(quota|balance)|billing_)": 402,
+    r"^[234]..( \S+)? (authentication_error|invalid_api_key)": 401,
+    r"^[234]..( \S+)? (unsupported_|unknown_parameter)": "parameter",
+    r"^[234]..( \S+)? model_not_found": 404,
+    r"^[234]..( \S+)? rate_limit_exceeded": 429,
+    r"^429.*(insufficient (balance|quota)|exceeded your current quota)": 402,
+    r"^400[^:]*: (unsupported|unknown|unrecognized) (parameter|value|request arg)": "parameter",
 }
 
 
@@ -615,16 +609,16 @@ def outcome_of(status: int, headers: Mapping[str, str], data: object, key: str =
     if status < 300 and not error:
         return answer_of(data, key)
     fields = error if isinstance(error, dict) else {"message": error}
-    codes = [redacted(str(fields[name]), key) for name in ("code", "type") if fields.get(name)]
-    code, message = (codes or [""])[0], fields.get("message") or headers.get("location") or ""
-    heads = [redacted(f"{status} {code}: {message}", key) for code in codes or [""]]
-    kinds = [kind for begin, kind in KINDS.items() for head in heads if re.match(begin, head, re.I)]
+    codes = [str(fields[name]) for name in ("code", "type") if fields.get(name)]
+    head = redacted(" ".join([str(status), *dict.fromkeys(codes)]), key)
+    message = redacted(str(fields.get("message") or headers.get("location") or ""), key)
+    kinds = [kind for rule, kind in KINDS.items() if re.search(rule, f"{head}: {message}", re.I)]
     if status < 300:  # an error in the body of a 200
-        status = int(code) if re.fullmatch("[345][0-9][0-9]", code) else 500
+        status = int(codes[0]) if codes and re.fullmatch("[345][0-9][0-9]", codes[0]) else 500
     kinds += [kind for kind in (status, status // 100 * 100, 500) if kind in OUTCOMES]
     wait_s = retry_after_s(headers)
     kind = "busy" if wait_s is not None and OUTCOMES[kinds[0]].sign == FAILED else kinds[0]
-    return Outcome(kind, (heads[0], f"{status} {code}", f"{status}"), wait_s=wait_s)
+    return Outcome(kind, (f"{head}: {message}", head, f"{status}"), wait_s=wait_s)
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
@@ -1020,26 +1014,22 @@ def tickets_to_ask(run: Run) -> Iterator[tuple[Ticket, str, str]]:
             digest = journal.missing.get(ticket.id)
             new = digest and digest not in run.asked and digest not in journal.answered
             if new and journal.failures[digest] == failures:
-                model = pick_model(ticket, job.model, job.chinese_model)
+                model = pick_model(ticket.text, job)
                 if request_digest(model, ticket.text) != digest:
                     raise InputError(f"{job.tickets}:{ticket.line}: changed since it was checked")
                 run.asked.add(digest)
                 yield ticket, model, digest
 
 
-async def ask_all(run: Run) -> None:
-    """Starts a task for each ticket, so many at a time that no more than CONCURRENCY exist."""
-    slots = asyncio.Semaphore(run.job.concurrency)
-    async with asyncio.TaskGroup() as tasks:
-        try:
-            for request in tickets_to_ask(run):
-                await slots.acquire()
-                if run.stopped:
-                    return
-                task = tasks.create_task(run.label(*request))
-                task.add_done_callback(lambda _: slots.release())
-        except (InputError, OSError) as error:
-            run.stop(f"{error}; run again")
+async def work(run: Run, requests: Iterator[tuple[Ticket, str, str]]) -> None:
+    """One of CONCURRENCY workers: takes the next ticket when the last one has its label."""
+    try:
+        for request in requests:
+            await run.label(*request)
+            if run.stopped:
+                return
+    except (InputError, OSError) as error:
+        run.stop(f"{error}; run again")
 
 
 def stop_on_signals(run: Run) -> None:
@@ -1077,7 +1067,7 @@ async def label_tickets(job: Namespace, journal: Journal) -> Run:
     async with aiohttp.ClientSession(
         # idle connections are dropped before the 5 s after which servers do it, at a bad moment
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4),
-        timeout=aiohttp.ClientTimeout(total=TIMEOUT, connect=min(TIMEOUT / 2, 10)),
+        timeout=aiohttp.ClientTimeout(total=TIMEOUT, sock_connect=min(TIMEOUT / 2, 10)),
         cookie_jar=aiohttp.DummyCookieJar(),
         proxy=None if direct else urllib.request.getproxies().get(job.url.scheme),
     ) as session:
@@ -1085,10 +1075,11 @@ async def label_tickets(job: Namespace, journal: Journal) -> Run:
             run = Run(job, journal, session, bar)
             stop_on_signals(run)
             run.write_known()
+            syncing, requests = asyncio.create_task(sync_each_second(run)), tickets_to_ask(run)
             async with asyncio.TaskGroup() as group:
-                syncing = group.create_task(sync_each_second(run))
-                await ask_all(run)
-                syncing.cancel()
+                for _ in range(job.concurrency):
+                    group.create_task(work(run, requests))
+            syncing.cancel()
             run.write_known()
     return run
 
@@ -1107,13 +1098,14 @@ def survey(job: Namespace, journal: Journal) -> Counter:
             continue
         if ticket.gold:
             journal.gold[ticket.id] = ticket.gold
-        model = pick_model(ticket, job.model, job.chinese_model)
+        model = pick_model(ticket.text, job)
         digest = request_digest(model, ticket.text) if model else EMPTY_DIGEST
         done = journal.expect(ticket.id, digest)
         count["tickets"] += 1
         count["done"] += done
-        count["cut"] += len(ticket.body) > MAX_CHARS
-        if model and not done and digest not in requests | journal.answered:
+        count["cut"] += ticket.is_cut
+        new = digest not in requests and digest not in journal.answered
+        if model and new and not done:
             requests.add(digest)
             count["send"] += 1
             usage = estimated_usage(ticket.text)

@@ -290,7 +290,7 @@ def test_a_limit_of_requests_in_flight_is_settled_under_too():
 
 
 def test_two_clients_share_a_limit():
-    trial = tried(World(10, 1200, "bucket of 5", clients=2), 3000)
+    trial = tried(World(10, 600, "bucket of 5", clients=2), 3000)
     one, other = trial.by_client
     assert trial.share >= 0.9
     assert (one + other) ** 2 / (2 * (one * one + other * other)) >= 0.75

@@ -374,10 +374,8 @@ def test_any_bytes_are_no_result_or_one_that_is_written_as_it_was_read(line):
         result = parse_line(line)
     except ValueError:
         return
-    result = {name: value for name, value in result.items() if value is not None or name in FIELDS}
-    again = json.dumps(result)
-    assert "\n" not in again
-    assert parse_line(again.encode()) == result
+    again = parse_line(json.dumps({k: v for k, v in result.items() if v is not None}).encode())
+    assert {k: v for k, v in again.items() if v is not None} == {k: v for k, v in result.items() if v is not None}
 
 
 @given(st.lists(st.binary(max_size=30) | NEAR_LINES | st.just(b""), max_size=4), st.sampled_from([b"\n", b"\r\n"]))

@@ -20,7 +20,7 @@ def read(folder: Path, content: bytes) -> list[tuple[str, str]]:
     """Id and body of each ticket in a file with this content."""
     path = folder / "tickets.csv"
     path.write_bytes(content)
-    return [(ticket.id, ticket.body) for ticket in load_tickets(path)]
+    return [(ticket.id, ticket.text) for ticket in load_tickets(path)]
 
 
 @pytest.mark.parametrize(
@@ -60,9 +60,9 @@ def test_tickets_are_read_as_spreadsheets_write_them(tmp_path, content, tickets)
     assert read(tmp_path, content.encode()) == tickets
 
 
-def test_a_body_of_megabytes_is_read_whole(tmp_path):
+def test_a_body_of_megabytes_is_one_ticket_cut_at_the_most_that_is_sent(tmp_path):
     body = "A long story, with commas.\n" * 200_000
-    assert read(tmp_path, f'id,body\na,"{body}"\n'.encode()) == [("a", body)]
+    assert read(tmp_path, f'id,body\na,"{body}"\n'.encode()) == [("a", body[:12_000])]
 
 
 def test_a_gold_label_is_read_where_there_is_one(tmp_path):
@@ -81,7 +81,7 @@ def test_the_first_ticket_of_a_huge_file_comes_without_reading_the_rest(tmp_path
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert (first.id, first.body) == ("a", "Hello")
+    assert (first.id, first.text) == ("a", "Hello")
     assert peak < 1_000_000
 
 
