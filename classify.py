@@ -12,7 +12,7 @@ answer gets no line, and is sent again next time.
 
     label_all       start here, at the end: check, plan, run, report
     survey          load_tickets (the CSV) against Journal (labels.jsonl): what is to be sent
-    label_tickets   a task a ticket, Run.label: send it, and again where that may help
+    label_tickets   CONCURRENCY workers; Run.label sends a ticket, and again where that may help
     Run.send        Pacer.turn (how fast, how many), post, OUTCOMES (what the outcome means)
     Run.keep        Journal.append: a line on disk, and what it cost
     report          what the files hold, and what needs a look
@@ -982,6 +982,7 @@ class Run:
             return
         if result["label"] is not None:
             self.labelled += 1
+            self.asked.discard(result["digest"])
             self.bar.update()
             if result["model"] and not result.get("copy_of"):
                 why = "see each `reply`; check SYSTEM_PROMPT, MODEL"
@@ -1036,7 +1037,8 @@ def stop_on_signals(run: Run) -> None:
     """Lets the first Ctrl-C or SIGTERM end the run in order, and the second one at once."""
     loop, signals = asyncio.get_running_loop(), itertools.count()
 
-    def interrupted(*_: object) -> None:  # between any two steps of the program
+    def interrupted(*_: object) -> None:
+        """Runs between any two steps of the program."""
         if next(signals) or loop.is_closed():
             os._exit(130)
         say("waiting for the answers in flight, which are paid for; press Ctrl-C again to stop now")
@@ -1089,12 +1091,14 @@ async def label_tickets(job: Namespace, journal: Journal) -> Run:
 
 def survey(job: Namespace, journal: Journal) -> Counter:
     """Checks the whole CSV and counts what is to be sent; raises InputError."""
-    count, lines, requests = Counter(), {}, set()
+    count, ids, requests = Counter(), set(), set()
     for ticket in load_tickets(job.tickets):
-        if (first := lines.setdefault(ticket.id, ticket.line)) != ticket.line:
+        if ticket.id in ids:
+            first = next(t.line for t in load_tickets(job.tickets) if t.id == ticket.id)
             why = f"the id {printable(ticket.id)!r} stands in line {first} already"
             raise InputError(f"{job.tickets}:{ticket.line}: {why}")
-        if len(lines) > job.limit:
+        ids.add(ticket.id)
+        if len(ids) > job.limit:
             continue
         if ticket.gold:
             journal.gold[ticket.id] = ticket.gold
