@@ -88,14 +88,14 @@ PRICES = {  # $ per million tokens: in, out, in from the provider's cache. token
 
 # how sure
 LOGPROBS = False  # True: ask for the probability of each reply and keep it as `confidence`
-REVIEW_BELOW = 0.8  # labels with less confidence are counted as worth a person's look
+REVIEW_BELOW = 0.8  # labels with less confidence are counted as worth a look
 
 
 # ---- what is printed ----
 
 
 class InputError(Exception):
-    """Something that the user has to mend; its text says what and where."""
+    """What the user has to mend; its text says what and where."""
 
 
 def say(message: str) -> None:
@@ -161,16 +161,17 @@ def check_utf8(cells: list[str]) -> None:
 
 
 def find_columns(header: list[str]) -> tuple[int, list[int], int]:
-    """How many there are, where id and texts stand, and the gold label or -1."""
+    """How many; where id and texts stand; and the gold label, or -1."""
     check_utf8(header)
     names = [name.strip().casefold() for name in header]
-    for name in (ID_COLUMN, *TEXT_COLUMNS, "label"):
+    wanted = (ID_COLUMN, *TEXT_COLUMNS)
+    for name in (*wanted, "label"):
         if names.count(name.casefold()) > 1:
             raise ValueError(f"two columns are named {name}")
-        if name.casefold() not in names and name != "label":
-            needed = ", ".join((ID_COLUMN, *TEXT_COLUMNS))
-            raise ValueError(f"needs the columns {needed}: set ID_COLUMN, TEXT_COLUMNS to yours")
-    needed = [names.index(name.casefold()) for name in (ID_COLUMN, *TEXT_COLUMNS)]
+        if name.casefold() not in names and name in wanted:
+            columns = ", ".join(wanted)
+            raise ValueError(f"needs the columns {columns}: set ID_COLUMN, TEXT_COLUMNS")
+    needed = [names.index(name.casefold()) for name in wanted]
     return len(names), needed, names.index("label") if "label" in names else -1
 
 
@@ -308,7 +309,7 @@ class Pacer:
         return await turn
 
     def stop(self) -> None:
-        """Lets all go that wait; they ask `stopping` before they send."""
+        """Lets all go that wait; they look at `stopping` first."""
         self.stopping.set()
         self.admit()
 
@@ -499,8 +500,7 @@ OUTCOMES = {  # by exception, status and finish_reason; 300, 400 and 500 stand f
     400: replace(STOP, patience_s=math.inf),
     401: Meaning(math.inf, KEY_GRACE_S, FAILED, advice="check TOKENHUB_KEY"),
     402: replace(STOP, advice="top up the account"),
-    404: replace(STOP, advice="check TOKENHUB_URL and MODEL"),
-    405: replace(STOP, advice="check TOKENHUB_URL"),
+    **dict.fromkeys((404, 405), replace(STOP, advice="check TOKENHUB_URL and MODEL")),
     **dict.fromkeys((408, 409, 425, 500), BUSY),
     429: Meaning(math.inf, MAX_STUCK_S, REFUSED),
     504: replace(BUSY, billed=True),
@@ -517,7 +517,7 @@ KINDS = {  # status, codes and message, where they say more than the status
     r"^[234]..( \S+)? model_not_found": 404,
     r"^[234]..( \S+)? rate_limit_exceeded": 429,
     r"^429.*(insufficient (balance|quota)|exceeded your current quota)": 402,
-    r"^400[^:]*: (unsupported|unknown|unrecognized) (parameter|value|request arg)": "parameter",
+    r"^400[^:]*: un(supported|known|recognized) (parameter|value|request argument)": "parameter",
 }
 
 
@@ -659,12 +659,11 @@ def parse_usage(usage: object) -> dict | None:
     with suppress(AttributeError, KeyError):
         details = usage.get("prompt_tokens_details") or {}
         cached = usage.get("prompt_cache_hit_tokens", details.get("cached_tokens")) or 0
-        tokens_in, tokens_out = usage["prompt_tokens"], usage["completion_tokens"]
-        counts = (tokens_in, tokens_out, cached)
+        counts = usage["prompt_tokens"], usage["completion_tokens"], cached
         if all(isinstance(count, int) and 0 <= count < 10_000_000 for count in counts):
             return {
-                "tokens_in": tokens_in,
-                "tokens_out": tokens_out,
+                "tokens_in": counts[0],
+                "tokens_out": counts[1],
                 "tokens_cached": cached or None,
             }
     return None
@@ -701,7 +700,7 @@ FIELDS = {  # of a line of labels.jsonl; what does not apply is left out
 
 
 def parse_line(line: bytes) -> dict:
-    """The fields of one line; raises ValueError where one makes no sense."""
+    """The fields of a line; raises ValueError where one makes no sense."""
     if not isinstance(result := parse_json(line), dict):
         raise ValueError("not a JSON object")
     for name, kind in FIELDS.items():
@@ -712,8 +711,15 @@ def parse_line(line: bytes) -> dict:
     return result
 
 
+def line_of(result: dict) -> bytes:
+    """The line of these fields."""
+    always = ("label", "model", "cost_usd")
+    shown = {name: v for name, v in result.items() if v is not None or name in always}
+    return json.dumps(shown).encode() + b"\n"
+
+
 def result_of(ticket: Ticket, model: str, digest: str, outcome: Outcome) -> dict:
-    """The line for one request; a reply without a label stands beside FALLBACK."""
+    """What came of one request; a reply without a label stands beside FALLBACK."""
     usage = FREE if not outcome.meaning.billed else outcome.usage or estimated_usage(ticket.text)
     result = {"id": ticket.id, "label": None, "model": model, "digest": digest, **usage}
     result["cost_usd"] = cost_usd(model, usage)
@@ -753,7 +759,7 @@ class Journal:
     """labels.jsonl, output and checkpoint in one: a line a ticket, appended as its answer arrives.
 
     Lines that no longer fit their ticket go to labels.jsonl.bak, as do requests without an answer:
-    the two hold all that was ever paid. A line that stands in both counts once.
+    the two hold all that was ever paid. A line in both counts once.
     """
 
     def __init__(self, path: Path) -> None:
@@ -778,14 +784,14 @@ class Journal:
         except sqlite3.Error as error:
             raise InputError(f"{self.lock_path}: {error}; is another run at work?") from None
 
-    def records(self, path: Path) -> Iterator[tuple[bytes, dict]]:
-        """Each line and its fields; raises InputError with the number of a wrong one."""
+    def records(self, path: Path) -> Iterator[tuple[int, bytes, dict]]:
+        """Number, bytes and fields of each line; raises InputError for a wrong one."""
         self.torn = False  # the last line has no end
         with suppress(FileNotFoundError), open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 self.torn = not line.endswith(b"\n")
                 try:
-                    yield line, parse_line(line)
+                    yield number, line, parse_line(line)
                 except ValueError as error:  # a crash leaves half a line
                     if path == self.path and line.strip() and not self.torn:
                         raise InputError(f"{path}:{number}: {error}; delete it") from None
@@ -793,24 +799,24 @@ class Journal:
     def load(self) -> None:
         """Reads both files; raises InputError for what is not understood."""
         self.ours = identity(self.path)
-        for line, result in self.records(self.backup):
+        for _, line, result in self.records(self.backup):
             self.in_backup.add(hash(line.strip()))
             self.failures[result["digest"]] += result["label"] is None
-            self.book(result, old=1)
-        for number, (line, result) in enumerate(self.records(self.path), 1):
+            self.book(result)
+            self.paid["old"] += 1
+        for number, line, result in self.records(self.path):
             if result["id"] in self.lines:
                 raise InputError(f"{self.path}:{number}: the id of an earlier line; delete it")
             self.lines[result["id"]] = result["digest"] if fits(result) else ""
             if hash(line.strip()) not in self.in_backup:
                 self.book(result)
 
-    def book(self, result: dict, old: int = 0) -> None:
+    def book(self, result: dict) -> None:
         """Adds a line to the sums."""
         for name in ("tokens_in", "tokens_out", "tokens_cached", "estimated", "cost_usd"):
             self.paid[name] += result.get(name) or 0
         self.paid["unpriced"] += result["cost_usd"] is None
         self.paid["large"] += result["tokens_out"] > most_usage("")["tokens_out"]
-        self.paid["old"] += old
         if result["label"] in LABELS or result.get("fallback"):
             self.answered.add(result["digest"])
 
@@ -825,49 +831,50 @@ class Journal:
     def known(self) -> dict[str, dict]:
         """By digest, what was answered already to requests of tickets that need a line."""
         wanted = self.answered.intersection(self.missing.values())
-        both = (self.records(path) for path in (self.backup, self.path) if wanted)
-        lines = (result for _, result in itertools.chain.from_iterable(both))
-        return {r["digest"]: r for r in lines if r["digest"] in wanted and r["label"] is not None}
+        lines = (
+            itertools.chain(self.records(self.backup), self.records(self.path)) if wanted else ()
+        )
+        return {r["digest"]: r for *_, r in lines if r["digest"] in wanted and r["label"]}
 
     def open(self) -> None:
         """Makes the output ready for new lines."""
-        if identity(self.path) != self.ours:
-            raise InputError(f"{self.path}: changed while it was read; run again")
         if self.stale or self.torn:
             self.retire()
         self.file = open(self.path, "ab", buffering=0)
-        self.ours = identity(self.path)
+        self.ours = self.ours or identity(self.path)
 
     def retire(self) -> None:
         """Moves old lines to the .bak; a crash leaves each in one file, or in both."""
         with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".classify-") as folder:
             new = Path(folder, "new")
             with open(new, "wb") as kept, open(self.backup, "ab") as backup:
-                for line, result in self.records(self.path):
+                for _, line, result in self.records(self.path):
                     if result["id"] not in self.missing:
                         kept.write(line.rstrip() + b"\n")
                     elif hash(line.strip()) not in self.in_backup:
                         backup.write(b"\n" + line)  # the line before it may be half a one
+                        self.paid["old"] += 1
                 for file in (backup, kept):
                     file.flush()
                     os.fsync(file.fileno())
             os.chmod(new, self.path.stat().st_mode)
+            if identity(self.path) != self.ours:
+                raise InputError(f"{self.path}: changed while it was read; run again")
             os.replace(new, self.path)
+            self.ours = identity(self.path)
 
     def append(self, result: dict) -> None:
         """Writes one line; raises OSError, or InputError where labels.jsonl is no longer ours."""
-        always = ("label", "model", "cost_usd")
-        shown = {name: v for name, v in result.items() if v is not None or name in always}
-        line = json.dumps(shown).encode() + b"\n"
+        line = line_of(result)
         if hash(line.strip()) not in self.in_backup:
             self.book(result)
         ours = self.ours == identity(self.path) and self.lock_path.exists()
         if result["label"] is None or not ours:
+            self.paid["old"] += 1
             with open(self.backup, "ab") as backup:
                 backup.write(b"\n" + line)
         if not ours:
-            why = "it or its .lock was changed; later answers are in the .bak: run again"
-            raise InputError(f"{self.path}: {why}")
+            raise InputError(f"{self.path}: it or its .lock was changed; run again")
         if result["label"] is not None:
             *file, size = self.ours
             if self.file.write(line) < len(line):
@@ -901,7 +908,7 @@ class Run:
         self.job, self.journal, self.session, self.bar = job, journal, session, bar
         self.pacer = Pacer(job.rpm, job.concurrency)
         self.stopped = ""  # why nothing more is sent
-        self.reserved: list[float] = []  # $, what each request in flight can cost at most
+        self.reserved: list[float] = []  # $, the most each request in flight can cost
         self.labelled = self.failed = 0
         self.asked: set[str] = set()  # digests of what is being asked, or has failed
         self.named: dict[str, deque[bool]] = {}  # model: whether it named a label for each ticket
@@ -1023,7 +1030,7 @@ def tickets_to_ask(run: Run) -> Iterator[tuple[Ticket, str, str]]:
 
 
 async def work(run: Run, requests: Iterator[tuple[Ticket, str, str]]) -> None:
-    """One of CONCURRENCY workers: takes the next ticket when the last one has its label."""
+    """One of CONCURRENCY workers, each with one ticket at a time."""
     try:
         for request in requests:
             await run.label(*request)
@@ -1037,12 +1044,14 @@ def stop_on_signals(run: Run) -> None:
     """Lets the first Ctrl-C or SIGTERM end the run in order, and the second one at once."""
     loop, signals = asyncio.get_running_loop(), itertools.count()
 
-    def interrupted(*_: object) -> None:
-        """Runs between any two steps of the program."""
+    def drain() -> None:
+        say("waiting for the answers in flight, which are paid for; press Ctrl-C again to stop now")
+        run.stop(INTERRUPTED)
+
+    def interrupted(*_: object) -> None:  # perhaps amid a write: prints nothing
         if next(signals) or loop.is_closed():
             os._exit(130)
-        say("waiting for the answers in flight, which are paid for; press Ctrl-C again to stop now")
-        loop.call_soon_threadsafe(run.stop, INTERRUPTED)
+        loop.call_soon_threadsafe(drain)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupted)
@@ -1067,7 +1076,7 @@ async def label_tickets(job: Namespace, journal: Journal) -> Run:
     """Labels what has no label yet, and returns how it went."""
     direct = is_loopback(job.url) or urllib.request.proxy_bypass(job.url.host)
     async with aiohttp.ClientSession(
-        # idle connections are dropped before the 5 s after which servers do it, at a bad moment
+        # servers drop idle connections after 5 s, at a bad moment: be first
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4),
         timeout=aiohttp.ClientTimeout(total=TIMEOUT, sock_connect=min(TIMEOUT / 2, 10)),
         cookie_jar=aiohttp.DummyCookieJar(),
@@ -1077,11 +1086,13 @@ async def label_tickets(job: Namespace, journal: Journal) -> Run:
             run = Run(job, journal, session, bar)
             stop_on_signals(run)
             run.write_known()
-            syncing, requests = asyncio.create_task(sync_each_second(run)), tickets_to_ask(run)
+            requests, count = tickets_to_ask(run), min(job.concurrency, len(journal.missing))
             async with asyncio.TaskGroup() as group:
-                for _ in range(job.concurrency):
-                    group.create_task(work(run, requests))
-            syncing.cancel()
+                syncing = group.create_task(sync_each_second(run))
+                async with asyncio.TaskGroup() as workers:
+                    for _ in range(count):
+                        workers.create_task(work(run, requests))
+                syncing.cancel()
             run.write_known()
     return run
 
@@ -1125,17 +1136,17 @@ def dollars(usd: float, count: Counter) -> str:
 
 
 def plan_of(job: Namespace, journal: Journal, count: Counter) -> str:
-    """What a run would send, cost and take, by estimate."""
+    """What a run would send, cost and take."""
     least = timedelta(seconds=60 * count["send"] // (job.rpm or 1))
-    usd = count["usd"]
+    usd = dollars(count["usd"], count)
     parts = (
-        f"{count['send']} of {count['tickets']} tickets to send: about {dollars(usd, count)}",
+        f"{count['send']} of {count['tickets']} tickets to send: about {usd}",
         f"{count['tokens']:,} tokens in",
         f"at least {least}" if job.rpm else "at the pace that is found",
         f"{count['done']} are done",
         f"replaces {journal.stale} lines, which go to the .bak" * bool(journal.stale),
         f"{count['cut']} are cut at {MAX_CHARS} characters" * bool(count["cut"]),
-        "OVER THE BUDGET" * (0 < job.budget_usd < journal.paid["cost_usd"] + usd),
+        "OVER THE BUDGET" * (0 < job.budget_usd < journal.paid["cost_usd"] + count["usd"]),
     )
     return "; ".join(filter(None, parts))
 
@@ -1143,7 +1154,7 @@ def plan_of(job: Namespace, journal: Journal, count: Counter) -> str:
 def labels_of(journal: Journal) -> Counter:
     """How many lines have each label, and how many of them need a look."""
     count = Counter()
-    for _, line in journal.records(journal.path):
+    for *_, line in journal.records(journal.path):
         if line["id"] not in journal.lines:
             label, gold = line["label"], journal.gold.get(line["id"])
             count["lines"] += 1
@@ -1163,8 +1174,8 @@ def report(job: Namespace, journal: Journal, run: Run, cut: int) -> Iterator[str
     yield f"Tokens: {paid['tokens_in']:,} in / {paid['tokens_out']:,} out"
     yield f"Cost  : {dollars(paid['cost_usd'], paid)}"
     yield from ("", *(f"{label:<18}{labels['=', label]:>8}" for label in LABELS), "")
-    spent = dollars(paid["cost_usd"] - job.spent_usd, paid)
-    yield f"This run: {run.labelled} tickets labelled, {run.failed} failed, {spent}"
+    usd = dollars(paid["cost_usd"] - job.spent_usd, paid)
+    yield f"This run: {run.labelled} tickets labelled, {run.failed} failed, {usd}"
     cached = f"{paid['tokens_cached'] / (paid['tokens_in'] or 1):.0%}"
     pace = f"; set RPM to about {60 * pacer.pace:.0f}" * pacer.limit_found
     accuracy = wilson(labels["right"], labels["judged"])
@@ -1230,10 +1241,10 @@ def are_numbers(*values: object) -> bool:
     return all(isinstance(value, int | float) and value >= 0 for value in values)
 
 
-def is_json(value: object) -> bool:
+def is_json_object(value: object) -> bool:
     """Whether it can be sent."""
     with suppress(TypeError, ValueError, RecursionError):
-        return bool(json.dumps(value, allow_nan=False))
+        return isinstance(value, dict) and bool(json.dumps(value, allow_nan=False))
     return False
 
 
@@ -1244,9 +1255,9 @@ def conditions(job: Namespace, models: list) -> Iterator[tuple[object, str]]:
         yield are_numbers(globals()[name]), f"{name} must be a number, not negative"
     for name, usd in PRICES.items():
         right = isinstance(usd, tuple) and len(usd) == 3 and are_numbers(*usd)
-        yield right, f"PRICES: {name} must have three numbers: in, out, in from the cache"
-    found, json_object = label_finder(tuple(LABELS))[1], isinstance(EXTRA_BODY, dict)
-    yield json_object and is_json(EXTRA_BODY), "EXTRA_BODY cannot be sent as a JSON object"
+        yield right, f"PRICES: {name} needs three numbers: in, out, in from the cache"
+    found = label_finder(tuple(LABELS))[1]
+    yield is_json_object(EXTRA_BODY), "EXTRA_BODY cannot be sent as a JSON object"
     yield FALLBACK in LABELS, f"FALLBACK must be one of LABELS, not {FALLBACK!r}"
     yield "" not in found and len(found) == len(LABELS), "LABELS: one is empty, or there twice"
     yield job.key or job.dry_run, "set TOKENHUB_KEY; any word for a server that needs none"

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from classify import parse_line
+from classify import line_of, parse_line
 from tests.conftest import Desk, Done, numbered
-from tests.gateway import Gateway
+from tests.gateway import Fault, Gateway
 from tests.helpers import QUICK, brisk, run_here, summary, until
 
 FIVE = numbered(5)
@@ -335,6 +335,24 @@ def test_a_line_that_is_not_understood_is_refused_with_its_number_and_the_file_l
     assert done.stderr.count("\n") == 1
 
 
+def test_a_second_line_for_one_ticket_is_named_by_its_place_in_the_file(done_desk: Desk, five_labels):
+    first, second, *rest = five_labels.splitlines(keepends=True)
+    done_desk.output.write_bytes(b"".join((first, b"\n\n", second, first, *rest)))
+    done = run_here(done_desk)
+    assert (done.status, "labels.jsonl:5:" in done.stderr) == (2, True)
+
+
+async def test_the_report_counts_what_stands_in_the_bak_old_lines_and_failures_of_this_run_too(done_desk: Desk):
+    brisk(done_desk, SYSTEM_PROMPT="Sort it.")
+    done, _ = await resume(done_desk)
+    assert "Old or in vain: 5 requests" in done.stdout
+    brisk(done_desk, SYSTEM_PROMPT="Sort it.")
+    done_desk.write(FIVE | {"bad": "refused"})
+    async with Gateway(replace(QUICK, faults=(Fault("status_400", matching="refused"),))) as gateway:
+        done = await done_desk.run(gateway)
+    assert (done.status, "Old or in vain: 6 requests" in done.stdout) == (1, True)
+
+
 async def test_a_label_that_is_not_in_the_list_is_asked_anew(done_desk: Desk, five_labels):
     done_desk.output.write_bytes(five_labels.replace(b'"t0", "label": "billing"', b'"t0", "label": "invoices"'))
     done, sent = await resume(done_desk)
@@ -374,8 +392,11 @@ def test_any_bytes_are_no_result_or_one_that_is_written_as_it_was_read(line):
         result = parse_line(line)
     except ValueError:
         return
-    again = parse_line(json.dumps({k: v for k, v in result.items() if v is not None}).encode())
-    assert {k: v for k, v in again.items() if v is not None} == {k: v for k, v in result.items() if v is not None}
+    again = line_of(result)
+    assert again.endswith(b"\n")
+    assert b"\n" not in again[:-1]
+    assert line_of(parse_line(again)) == again
+    assert all(parse_line(again)[name] == result[name] for name in FIELDS)
 
 
 @given(st.lists(st.binary(max_size=30) | NEAR_LINES | st.just(b""), max_size=4), st.sampled_from([b"\n", b"\r\n"]))
