@@ -110,7 +110,7 @@ def printable(text: str, limit: int = 300) -> str:
 
 
 def letters(text: str) -> str:
-    """Letters and digits alone, in lower case."""
+    """Letters and digits, in lower case."""
     return "".join(filter(str.isalnum, text.casefold()))
 
 
@@ -763,7 +763,7 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(os.path.realpath(path))  # whoever put a symlink there wants it kept
+        self.path = Path(os.path.realpath(path))  # a symlink is there to be kept
         self.backup, self.lock_path = Path(f"{self.path}.bak"), Path(f"{self.path}.lock")
         self.lines: dict[str, str] = {}  # id: digest, of the lines that no ticket has asked for
         self.missing: dict[str, str] = {}  # id: digest, of the tickets that need a line,
@@ -874,7 +874,8 @@ class Journal:
             with open(self.backup, "ab") as backup:
                 backup.write(b"\n" + line)
         if not ours:
-            raise InputError(f"{self.path}: it or its .lock was changed; run again")
+            why = "it or its .lock was changed; later answers are in the .bak: run again"
+            raise InputError(f"{self.path}: {why}")
         if result["label"] is not None:
             *file, size = self.ours
             if self.file.write(line) < len(line):
@@ -1004,7 +1005,7 @@ class Run:
             self.stop(f"{model} named a label for {right} of the last {count} tickets; {why}")
 
     def write_known(self) -> None:
-        """Gives a line to each ticket that is empty, or whose request was answered already."""
+        """Gives a line to each ticket that is empty, or whose request was answered."""
         known = self.journal.known()
         empty = {"label": FALLBACK, "model": None, "digest": EMPTY_DIGEST, **FREE, "cost_usd": 0.0}
         for id_, digest in list(self.journal.missing.items()):
@@ -1241,7 +1242,7 @@ def are_numbers(*values: object) -> bool:
     return all(isinstance(value, int | float) and value >= 0 for value in values)
 
 
-def is_json_object(value: object) -> bool:
+def is_json(value: object) -> bool:
     """Whether it can be sent."""
     with suppress(TypeError, ValueError, RecursionError):
         return isinstance(value, dict) and bool(json.dumps(value, allow_nan=False))
@@ -1257,7 +1258,7 @@ def conditions(job: Namespace, models: list) -> Iterator[tuple[object, str]]:
         right = isinstance(usd, tuple) and len(usd) == 3 and are_numbers(*usd)
         yield right, f"PRICES: {name} needs three numbers: in, out, in from the cache"
     found = label_finder(tuple(LABELS))[1]
-    yield is_json_object(EXTRA_BODY), "EXTRA_BODY cannot be sent as a JSON object"
+    yield is_json(EXTRA_BODY), "EXTRA_BODY is no JSON object"
     yield FALLBACK in LABELS, f"FALLBACK must be one of LABELS, not {FALLBACK!r}"
     yield "" not in found and len(found) == len(LABELS), "LABELS: one is empty, or there twice"
     yield job.key or job.dry_run, "set TOKENHUB_KEY; any word for a server that needs none"
@@ -1285,7 +1286,7 @@ def checked_job() -> Namespace:
 
 
 def label_all(job: Namespace) -> int:
-    """Checks everything, labels what has no label yet, and reports; returns the exit status."""
+    """Checks all, labels what has no label yet, and reports; returns the exit status."""
     journal = Journal(job.output)
     if not job.dry_run:
         journal.lock()
