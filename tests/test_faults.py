@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import formatdate
 from itertools import groupby
 from pathlib import Path
@@ -385,7 +385,7 @@ if __name__ == "__main__":
         (429, {"type": "rate_limit_error", "code": 429}, 429),
         (403, {"type": "rate_limit_error", "code": "insufficient_quota"}, 402),
         (403, {"code": "permission_denied"}, 400),
-        (200, {"type": "authentication_error", "code": 1001}, 401),
+        (200, {"code": "401"}, 401),
         (200, {"code": "402"}, 402),
         (200, {"code": 9}, 500),
         (400, {"message": "insufficient balance, says the ticket"}, 400),
@@ -398,4 +398,5 @@ if __name__ == "__main__":
     ],
 )
 def test_an_error_is_known_by_its_status_then_its_code_or_type_then_its_text(status, error, kind):
-    assert classify.outcome_of(status, {}, {"error": error}).kind == kind
+    got = classify.outcome_of(status, {}, {"error": error})
+    assert replace(got, said=()) == classify.OUTCOMES[kind]

@@ -129,15 +129,14 @@ async def test_without_labels_of_people_there_is_no_evaluation(desk: Desk):
 # ---- After: confidence
 
 
-async def test_with_logprobs_each_line_has_its_confidence_and_the_unsure_are_counted(desk: Desk):
-    brisk(desk, LOGPROBS=True, REVIEW_BELOW=0.98)
+async def test_with_logprobs_each_line_has_its_confidence(desk: Desk):
+    brisk(desk, LOGPROBS=True)
     desk.write({"a": "My invoice is wrong", "b": "Please add dark mode", "c": "I wish for more", "empty": ""})
     async with Gateway(QUICK) as gateway:
         done = await desk.run(gateway)
     sure = {"billing": math.exp(-0.01), "feature-request": math.exp(-0.03)}  # one token, and three
     lines = [line for line in done.lines if line["id"] != "empty"]
     assert [line["confidence"] for line in lines] == pytest.approx([sure[x["label"]] for x in lines], abs=1e-4)
-    assert re.search(r"\b2 tickets are worth a look", done.stdout)
 
 
 async def test_without_logprobs_asked_for_no_line_has_a_confidence(desk: Desk):
@@ -185,7 +184,7 @@ async def test_a_nonsensical_logprob_costs_no_ticket(desk: Desk, logprob):
 
 
 @pytest.mark.parametrize("style", ["deepseek", "openai"])
-async def test_cached_tokens_are_priced_as_such_and_their_share_is_told(desk: Desk, style):
+async def test_cached_tokens_are_priced_as_such(desk: Desk, style):
     brisk(desk)
     desk.write(numbered(20))
     async with Gateway(replace(QUICK, tokens=(10_000, 3), cached_tokens=8_000, cached_style=style)) as gateway:
@@ -193,7 +192,6 @@ async def test_cached_tokens_are_priced_as_such_and_their_share_is_told(desk: De
     usd = 20 * (2_000 * 0.27 + 8_000 * 0.07 + 3 * 1.10) / 1e6
     assert summary(done) == ["Classified 20 tickets", "Tokens: 200,000 in / 60 out", f"Cost  : ${usd:.4f}"]
     assert all(line["tokens_cached"] == 8_000 for line in done.lines)
-    assert "Cached: 80% of the tokens in" in done.stdout
 
 
 # ---- What the program needs

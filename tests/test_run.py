@@ -111,7 +111,7 @@ async def test_a_long_body_is_cut_and_the_cuts_are_counted(desk: Desk):
     async with Gateway(QUICK) as gateway:
         done = await desk.run(gateway)
     assert set(gateway.replies) == {("Hello " * 10)[:20], "Hello", "y" * 20, "z" * 20}
-    assert "2 tickets were cut" in done.stdout
+    assert "; 2 are cut at 20 characters" in done.stderr.splitlines()[0]
 
 
 async def test_a_reply_off_the_list_is_the_fallback_with_the_reply_kept_and_counted(desk: Desk):

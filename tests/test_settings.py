@@ -22,7 +22,7 @@ async def refusal(desk: Desk, *arguments: str, **environment: str) -> str:
     return line
 
 
-NUMBERS = ["CONCURRENCY", "RPM", "TIMEOUT", "MAX_RETRIES", "MAX_TOKENS", "MAX_CHARS", "BUDGET_USD", "REVIEW_BELOW"]
+NUMBERS = ["CONCURRENCY", "RPM", "TIMEOUT", "MAX_RETRIES", "MAX_TOKENS", "MAX_CHARS", "BUDGET_USD"]
 
 
 @pytest.mark.parametrize("name", NUMBERS)

@@ -128,8 +128,8 @@ def test_what_pythons_csv_writer_wrote_is_read_back(tmp_path, rows, dialect, quo
 WRONG = {
     "no body column": (b"id,text\na,Hello\n", 1, "body"),
     "no id column": (b"number,body\na,Hello\n", 1, "id"),
-    "an empty file": (b"", 1, "body"),
-    "the same id twice": (b"id,body\na,one\nb,two\na,three\n", 4, "'a'.*[ :]2\\b"),
+    "an empty file": (b"", 1, "columns id"),
+    "the same id twice": (b"id,body\na,one\nb,two\na,three\n", 4, "a second ticket with the id.*a"),
     "not UTF-8": ("id,body\na,one\nb,Stra\xdfe\n".encode("latin-1"), 3, "UTF-8"),
     "not UTF-8, after a ticket of several lines": (b'id,body\na,"one\ntwo\nthree"\nb,\xff\n', 5, "UTF-8"),
     "not UTF-8, within a ticket of several lines": (b'id,body\na,"one\ntwo\xff\nthree"\n', 2, "UTF-8"),
@@ -140,11 +140,11 @@ WRONG = {
     "a blank id": (b"id,body\na,one\n  ,two\n", 3, "id"),
     "no body in a row": (b"id,body\na,one\nb\n", 3, "body"),
     "too many fields": (b"id,body\na,Hello, world\n", 2, "fields"),
-    "a quote that never closes": (b'id,body\na,one\nb,"two\nc,three\n', 3, "CSV"),
-    "text after a quote": (b'id,body\na,one\nb,"two" three\n', 3, "CSV"),
+    "a quote that never closes": (b'id,body\na,one\nb,"two\nc,three\n', 3, "unexpected end of data"),
+    "text after a quote": (b'id,body\na,one\nb,"two" three\n', 3, "expected after"),
     "a gold label that is none": (b"id,body,label\na,one,bug\nb,two,Bugs\n", 3, "label.*billing"),
-    "two columns of one name": (b"id,body,Body\na,one,two\n", 1, "two columns.*body"),
-    "two columns of ids": (b"id,ID,body\na,b,one\n", 1, "two columns.*id"),
+    "two columns of one name": (b"id,body,Body\na,one,two\n", 1, "2 columns.*body"),
+    "two columns of ids": (b"id,ID,body\na,b,one\n", 1, "2 columns.*id"),
 }
 
 

@@ -1,6 +1,5 @@
 """The key goes to the gateway alone, ticket texts are data and in no log, and nothing foreign steers the terminal."""
 
-import asyncio
 import gzip
 import json
 import re
@@ -278,7 +277,7 @@ def test_a_key_that_cannot_be_a_header_is_refused_and_not_shown(key: str, desk: 
     assert not desk.output.exists()
 
 
-async def test_a_proxy_of_the_environment_sees_nothing_of_a_loopback_gateway(desk: Desk) -> None:
+async def test_a_proxy_of_the_environment_sees_nothing(desk: Desk) -> None:
     brisk(desk)
     desk.write(numbered(3))
     async with Gateway(QUICK) as gateway, Gateway(QUICK) as proxy:
@@ -286,33 +285,6 @@ async def test_a_proxy_of_the_environment_sees_nothing_of_a_loopback_gateway(des
         everywhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"), address)
         done = await desk.run(gateway, *NO_LIMIT, **everywhere)
     assert (done.status, gateway.answered, proxy.requests) == (0, 3, 0)
-
-
-async def test_a_proxy_of_the_environment_gets_the_connection_but_not_the_key(desk: Desk) -> None:
-    brisk(desk, MAX_RETRIES=0)
-    desk.write(numbered(1))
-    heard = []
-
-    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        heard.append(await reader.readuntil(b"\r\n\r\n"))
-        writer.write(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n")
-        writer.close()
-
-    async with await asyncio.start_server(refuse, "127.0.0.1") as proxy:
-        address = f"http://127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
-        done = await desk.run(None, *NO_LIMIT, TOKENHUB_URL="https://token-hub.invalid/v1", https_proxy=address)
-    assert (done.status, done.labels) == (1, {})
-    assert [request.split(b" ")[:2] for request in heard] == [[b"CONNECT", b"token-hub.invalid:443"]]
-    assert b"Authorization" not in heard[0]
-    assert KEY.encode() not in heard[0]
-
-
-async def test_a_proxy_with_an_impossible_name_fails_the_ticket_and_not_the_program(desk: Desk) -> None:
-    brisk(desk, MAX_RETRIES=0)
-    desk.write(numbered(1))
-    done = await desk.run(None, *NO_LIMIT, TOKENHUB_URL="https://token-hub.invalid/v1", https_proxy="http://a..b:1")
-    assert (done.status, done.labels) == (1, {})
-    assert "ticket t0 failed: no connection" in done.stderr
 
 
 async def test_a_netrc_file_changes_nothing(desk: Desk) -> None:
