@@ -150,7 +150,7 @@ def column_names(header: list[str]) -> list[str]:
     for name in (ID_COLUMN, *TEXT_COLUMNS, "label"):
         count = names.count(name.casefold())
         if count > 1 or (not count and name != "label"):
-            raise ValueError(f"{count} columns {name}; set ID_COLUMN, TEXT_COLUMNS")
+            raise ValueError(f"needs one column {name}, not {count}; set ID_COLUMN, TEXT_COLUMNS")
     return names
 
 

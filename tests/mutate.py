@@ -1,6 +1,6 @@
 """Breaks classify.py in one small place at a time, at random, and tells which breakages no test notices. Not in CI.
 
-    python -m tests.mutate [HOW_MANY] [--seed N] [--only N,N,...]
+    python -m tests.mutate [HOW_MANY] [--seed N] [--only N,N,...] [--jobs N]
 
 A comparison turns round, a number moves by one, `and` becomes `or`, a condition becomes its opposite, a statement is
 dropped. Each breakage gets a copy of the repository and the tests, which end at the first failure.
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +32,7 @@ TESTS = (
     "labels", "tickets", "pacer", "exports", "report", "settings", "spreadsheet", "budget", "recipes", "run", "trust",
     "resume", "faults", "crash",
 )  # fmt: skip
-PYTEST = ("-n", "3")  # most tests wait for the clock
+PYTEST = ("-n", "2")
 DROPPED = (ast.Expr, ast.Assign, ast.AugAssign, ast.Return, ast.Raise, ast.Continue)
 
 
@@ -92,20 +93,24 @@ def main() -> None:
     parser.add_argument("how_many", nargs="?", type=int, default=150)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", help="the numbers of breakages, as a former run printed them")
+    parser.add_argument("--jobs", type=int, default=3, help="at a time, as most tests wait for the clock")
     options = parser.parse_args()
     source = (ROOT / "classify.py").read_text(encoding="utf-8")
     assert not is_noticed(ast.unparse(ast.parse(source))), "the tests fail without any breakage"
     places = mutants(source)
     numbers = random.Random(options.seed).sample(range(len(places)), min(options.how_many, len(places)))
     numbers = [int(n) for n in options.only.split(",")] if options.only else numbers
-    unnoticed = 0
-    for count, number in enumerate(numbers, 1):
+
+    def tried(number: int) -> bool:
         line, what, text = broken(source, places[number])
         start = time.perf_counter()
         noticed = is_noticed(text)
-        unnoticed += not noticed
         took = f"{time.perf_counter() - start:.0f} s"
-        print(f"{count:4} #{number} {'noticed' if noticed else 'UNNOTICED'} {took:>6} line {line}: {what}", flush=True)
+        print(f"#{number} {'noticed' if noticed else 'UNNOTICED'} {took:>6} line {line}: {what}", flush=True)
+        return noticed
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        unnoticed = list(pool.map(tried, numbers)).count(False)
     print(f"{len(numbers)} of {len(places)} breakages tried, {unnoticed} unnoticed")
 
 

@@ -138,8 +138,14 @@ async def test_an_export_is_labelled_by_two_constants(desk: Desk, export: Export
 FRESHDESK = EXPORTS["Freshdesk, with a second column of tags"].content
 INTERCOM = EXPORTS["Intercom, conversations"].content
 REFUSED = {  # the columns asked for, the file, the line, and what the one line that is printed has to say
-    "a column that is not there": ("Ticket ID", ("Subject", "Description"), FRESHDESK, 1, "0 columns Description; set"),
-    "a name that two columns have": ("Ticket ID", ("Subject", "Tags"), FRESHDESK, 1, "2 columns Tags"),
+    "a column that is not there": (
+        "Ticket ID",
+        ("Subject", "Description"),
+        FRESHDESK,
+        1,
+        "column Description, not 0; set",
+    ),
+    "a name that two columns have": ("Ticket ID", ("Subject", "Tags"), FRESHDESK, 1, "column Tags, not 2"),
     "a row for each message": (
         "conversation_id",
         ("message_body",),

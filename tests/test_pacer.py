@@ -463,10 +463,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("groups", nargs="*")
     parser.add_argument("--tickets", type=int, default=0, help="otherwise what the goal of each group says")
-    parser.add_argument("--seeds", type=int, default=10, help="from 100 on")
+    parser.add_argument("--seeds", type=int, default=10, help="from 200 on")
     options = parser.parse_args()
     usual = {"noise": 10_000, "noise 3 s": 10_000, "both": 10_000, "no limit": 10_000, "change": 5000, "slow": 300}
-    seeds = range(100, 100 + options.seeds)
+    seeds = range(200, 200 + options.seeds)
     jobs = [
         (f"{group}: {name}", world, options.tickets or usual.get(group, 1200), seeds)
         for group, name, world in worlds()
