@@ -176,7 +176,7 @@ CHINESE = re.compile(  # no kana, which would make it Japanese
 
 
 def is_chinese(text: str) -> bool:
-    return not text.isascii() and bool(CHINESE.match(text))
+    return bool(CHINESE.match(text))
 
 
 def pick_model(text: str, job: Namespace) -> str | None:
@@ -187,21 +187,25 @@ def pick_model(text: str, job: Namespace) -> str | None:
 
 # ---- labels ----
 
+WORD_GAP = re.compile(r"[-_\s]+")
 
-def words(text: str) -> str:
-    """In lower case, one space between; each East Asian character is a word of its own."""
+
+def plain(text: str) -> str:
+    """Without the differences that typing makes: width, case, kinds of hyphen."""
     text = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(re.sub(r"([\u2e80-\u9fff\uac00-\ud7af])|[\W_]", r" \1 ", text).split())
+    return re.sub("[\u2010\u2011\u2013\u2212]", "-", text)
 
 
 @functools.cache
 def label_finder(labels: tuple[str, ...]) -> tuple[re.Pattern, dict[str, str]]:
-    """A pattern for a "not" and a label, as whole words, and the label for each match."""
-    label_of = {words(label).replace(" ", ""): label for label in labels}
-    longest = sorted(map(words, labels), key=len, reverse=True)  # "not spam" before "spam"
-    label = "|".join(longest).replace(" ", " ?")
-    negation = "((?:not?|non|never|neither|nor) (?:an? )?)??"
-    return re.compile(f"(?<= ){negation}({label})(?= )"), label_of
+    """A pattern for labels as whole words, also behind a "not", and the label for each match."""
+    # East Asian scripts put no space between words: they end a Latin one. "no-other" is one word.
+    letter = r"[^\W_\u2e80-\u9fff\uac00-\ud7af]"
+    words = [r"[-_\s]*".join(map(re.escape, WORD_GAP.split(plain(label)))) for label in labels]
+    label = "|".join(sorted(words, key=len, reverse=True))  # "not spam" before "spam"
+    negated = rf"(?:not?|non|never|neither|nor)[-\s]+(?:an?\s+)?(?:{label})"
+    whole = rf"(?<!{letter})(?<!{letter}[-_])(?:({label})|{negated})(?!{letter})(?![-_]{letter})"
+    return re.compile(whole), {WORD_GAP.sub("", plain(label)): label for label in labels}
 
 
 def normalize_label(reply: str) -> str | None:
@@ -209,9 +213,8 @@ def normalize_label(reply: str) -> str | None:
     if (exact := reply.strip()) in LABELS:
         return exact
     pattern, label_of = label_finder(tuple(LABELS))
-    line = next(filter(None, map(words, reply.splitlines())), "")
-    found = pattern.findall(f" {line} ")
-    named = {None if negation else label_of[name.replace(" ", "")] for negation, name in found}
+    line = next((line for line in plain(reply).splitlines() if re.search(r"\w", line)), "")
+    named = {label_of.get(WORD_GAP.sub("", name)) for name in pattern.findall(line)}
     return named.pop() if len(named) == 1 else None
 
 
@@ -441,8 +444,8 @@ OUTCOMES = {  # by exception, status and finish_reason; 300, 400 and 500 stand f
     "unfinished": replace(PAID, retries=0),  # content_filter, and any other finish_reason
 }
 KINDS = {  # status, codes and message, where they say more than the status
-    r"^[234]..( \S+)? (insufficient_(user_)?(quota|balance)|billing_)": 402,
-    r"^[234]..( \S+)? (unsupported_|unknown_parameter)": "parameter",
+    r"^[234]..( [^:\s]+)? (insufficient_(user_)?(quota|balance)|billing_)": 402,
+    r"^[234]..( [^:\s]+)? (unsupported_|unknown_parameter)": "parameter",
     r"^429.*(insufficient (balance|quota)|exceeded your current quota)": 402,
     r"^400[^:]*: un(supported|known|recognized) (parameter|value|request)": "parameter",
 }
@@ -468,25 +471,30 @@ def request_body(model: str, text: str) -> dict:
     return {name: value for name, value in body.items() if value is not None}
 
 
-MAX_RESPONSE_BYTES = 1 << 20
-
-
 async def post(session: aiohttp.ClientSession, job: Namespace, model: str, text: str) -> Outcome:
     body = request_body(model, text)
     try:
         async with session.post(job.url, json=body, allow_redirects=False) as got:
             try:
-                await got.content.readexactly(MAX_RESPONSE_BYTES)
-                data = None  # too long for an answer
+                await got.content.readexactly(1 << 20)
+                data = None  # a megabyte is no answer
             except asyncio.IncompleteReadError as whole:
-                data = parse_json(whole.partial.replace(job.secret, b"***"))
-            return outcome_of(got.status, got.headers, data)
+                data = parse_json(whole.partial)
+            return redacted(outcome_of(got.status, got.headers, data), job.key)
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
         return outcome("no connection", f"no connection: {error}")
     except TimeoutError:
         return outcome("timed out", f"no answer within {TIMEOUT} s")
     except (aiohttp.ClientError, OSError) as error:
         return outcome("connection lost", f"connection lost: {error}")
+
+
+def redacted(outcome: Outcome, key: str) -> Outcome:
+    """Without the key; a few letters, such as `none`, are no secret."""
+    if len(key) < 8:
+        return outcome
+    said = tuple(text.replace(key, "***") for text in outcome.said)
+    return replace(outcome, said=said, reply=outcome.reply and outcome.reply.replace(key, "***"))
 
 
 def parse_json(raw: bytes) -> object:
@@ -511,7 +519,7 @@ def outcome_of(status: int, headers: Mapping[str, str], data: object) -> Outcome
     codes = [str(code) for name in ("code", "type") if (code := dig(error, name))]
     head = " ".join([str(status), *dict.fromkeys(codes)])
     message = dig(error, "message") if isinstance(error, dict) else error
-    message = message or headers.get("location", "").partition("?")[0]
+    message = str(message or headers.get("location", ""))[:4000]
     kinds = [kind for rule, kind in KINDS.items() if re.search(rule, f"{head}: {message}", re.I)]
     if status < 300:  # an error in the body of a 200
         status = int(codes[0]) if codes and re.fullmatch("[345][0-9][0-9]", codes[0]) else 500
@@ -543,8 +551,9 @@ def answer_of(data: object) -> Outcome:
     whole = finish == "stop" or (finish == "length" and normalize_label(reply))
     if reply and whole and not reply.startswith("<think>"):
         return outcome("answered", usage=usage, reply=reply, confidence=probability(choice))
-    kind = finish if finish in OUTCOMES else "unfinished"
-    return outcome(kind, f"200 without a complete answer: finish_reason {finish}", usage=usage)
+    kind = finish if OUTCOMES.get(finish) in (PAID, CUT_OFF) else "unfinished"
+    why = "200 without a complete answer"
+    return outcome(kind, f"{why}: finish_reason {finish}", why, usage=usage)
 
 
 def parse_usage(usage: object) -> dict | None:
@@ -552,7 +561,8 @@ def parse_usage(usage: object) -> dict | None:
     cached = dig(usage, "prompt_tokens_details", "cached_tokens")
     cached = dig(usage, "prompt_cache_hit_tokens") or cached or 0
     sums = dig(usage, "prompt_tokens"), dig(usage, "completion_tokens"), cached
-    if all(isinstance(tokens, int) and 0 <= tokens < 10_000_000 for tokens in sums):
+    sane = all(isinstance(tokens, int) and 0 <= tokens < 10_000_000 for tokens in sums)
+    if sane and cached <= sums[0]:
         return {"tokens_in": sums[0], "tokens_out": sums[1], "tokens_cached": cached or None}
     return None
 
@@ -561,7 +571,7 @@ def probability(choice: object) -> float | None:
     """Of the whole reply, where the gateway says."""
     with suppress(KeyError, TypeError, ValueError, OverflowError):
         logprobs = [float(token["logprob"]) for token in dig(choice, "logprobs", "content")]
-        if logprobs and max(logprobs) <= 0:
+        if logprobs and sum(logprobs) <= 0:
             return round(math.exp(sum(logprobs)), 4)
     return None
 
@@ -628,6 +638,7 @@ class Journal:
         self.missing = {}  # id: digest, of the tickets that need a line,
         self.stale = 0  # and how many of these have one that no longer fits
         self.gold = {}  # id: label by a person
+        self.most_out = most_usage("")["tokens_out"]
         self.sums = Counter()  # tokens and dollars of both files, labels of the output
 
     def lock(self):
@@ -673,7 +684,7 @@ class Journal:
             for name in NUMBERS:
                 self.sums[name] += result.get(name) or 0
             self.sums["unpriced"] += result["cost_usd"] is None
-            self.sums["large"] += result["tokens_out"] > most_usage("")["tokens_out"]
+            self.sums["large"] += (result["tokens_out"] or 0) > self.most_out
         if result["label"] in LABELS and result["model"]:
             self.answers[result["digest"]] = sys.intern(result["label"])
 
@@ -727,7 +738,7 @@ class Journal:
         if result["label"] is None or not ours:
             self.put_aside([line])
         if not ours:
-            raise InputError(f"{self.path} or .lock was changed; see the .bak, and run again")
+            raise InputError(f"{self.path} or .lock was changed; see the .bak")
         if result["label"] is not None:
             if self.file.write(line + b"\n") <= len(line):
                 self.file.truncate(self.ours[1])
@@ -757,8 +768,8 @@ class Run:
         self.twins = {}  # digest: ids of further tickets with that request, being asked
         self.reserved = []  # $, the most that each request in flight can cost
         self.named = {}  # model: whether it named a label, for its last tickets
-        self.patience_s = math.inf  # with what the last request met,
-        self.trouble_s = self.trouble_at = 0.0  # and for how long nothing else was met
+        self.patience_s, self.met_at = math.inf, 0.0  # with what the last request met, and when
+        self.trouble_s = Counter()  # patience: for how long nothing better was met
 
     def stop(self, why: str):
         """Lets no further request start; what is in flight may finish."""
@@ -773,11 +784,11 @@ class Run:
 
     async def label(self, ticket: Ticket):
         """Sends a ticket until it has its line, or has failed."""
-        tries, model = 0, pick_model(ticket.text, self.job)
+        tries, model = Counter(), pick_model(ticket.text, self.job)
         while sent := await self.send(model, ticket.text):
             outcome, wait_s = sent
-            tries += outcome.retries < math.inf
-            has_failed = outcome.reply is None and tries > outcome.retries
+            tries[outcome.retries] += 1  # those of each kind for themselves
+            has_failed = outcome.reply is None and tries[outcome.retries] > outcome.retries
             if outcome.billed or has_failed:
                 digest = self.journal.missing[ticket.id]
                 self.keep(result_of(ticket, model, digest, outcome))
@@ -789,7 +800,8 @@ class Run:
             if outcome.reply is not None:
                 why = "see each `reply`; check SYSTEM_PROMPT, MODEL"
                 return self.judge(model, bool(normalize_label(outcome.reply)), why)
-            backoff_s = min(BACKOFF_S * 2**tries, BACKOFF_MAX_S) if tries else 0.0
+            retries = tries.total() - tries[math.inf]
+            backoff_s = min(BACKOFF_S * 2**retries, BACKOFF_MAX_S) if retries else 0.0
             await self.sleep(max(wait_s, backoff_s))  # no jitter: the pacer spaces all requests
 
     async def send(self, model: str, text: str) -> tuple[Outcome, float] | None:
@@ -811,22 +823,21 @@ class Run:
         return None
 
     def watch(self, outcome: Outcome, text: str):
-        """Stops a run that meets nothing but one kind of trouble for longer than its patience."""
+        """Stops a run that meets nothing better for longer than its patience."""
         now, patience_s = asyncio.get_running_loop().time(), outcome.patience_s
-        gap_s = min(now - self.trouble_at, MAX_GAP_S)
-        self.trouble_s = self.trouble_s + gap_s if patience_s == self.patience_s else 0.0
-        self.patience_s, self.trouble_at = patience_s, now
+        gap_s, last_s = min(now - self.met_at, MAX_GAP_S), self.patience_s
+        self.patience_s, self.met_at = patience_s, now
         if (outcome.wait_s or 0) > MAX_HOLD_S:
             self.stop(f"{outcome.shown(text)}; it asks to wait for {outcome.wait_s:.0f} s")
-        elif self.trouble_s >= patience_s:
-            self.stop(f"{outcome.shown(text)}; nothing else for {patience_s:.0f} s")
+        for most_s in (0, KEY_GRACE_S, MAX_STUCK_S):
+            self.trouble_s[most_s] += gap_s if last_s <= most_s else 0
+            self.trouble_s[most_s] *= patience_s <= most_s
+            if patience_s <= most_s <= self.trouble_s[most_s]:
+                self.stop(f"{outcome.shown(text)}; nothing better for {most_s:.0f} s")
 
     def keep(self, result: dict):
-        """Writes the result down; where that fails, the run stops."""
-        try:
-            self.journal.append(result)
-        except OSError as error:
-            return self.stop(f"cannot write: {error}")
+        """Writes the result down; raises OSError."""
+        self.journal.append(result)
         if result["label"] is not None:
             self.labelled += 1
             self.bar.update()
@@ -848,6 +859,8 @@ def tickets_to_ask(run: Run) -> Iterator[Ticket]:
     job, journal = run.job, run.journal
     for failures in sorted({0, *journal.failures.values()}):
         for ticket in load_tickets(job.tickets):
+            if run.stopped:
+                return
             if (digest := journal.missing.get(ticket.id)) is None:
                 continue
             model, label = pick_model(ticket.text, job), journal.answers.get(digest)
@@ -868,10 +881,8 @@ async def work(run: Run, tickets: Iterator[Ticket]):
     try:
         for ticket in tickets:
             await run.label(ticket)
-            if run.stopped:
-                return
     except OSError as error:
-        run.stop(f"{error}; run again")
+        run.stop(f"cannot write or read: {error}; run again")
 
 
 def stop_on_signals(run: Run):
@@ -947,7 +958,7 @@ def dollars(sums: Counter) -> str:
 
 def noted(*notes: tuple[float, str]) -> Iterator[str]:
     """The texts whose number is not 0."""
-    return (text.replace("#", f"{number}") for number, text in notes if number)
+    return (text.replace("#", f"{number}", 1) for number, text in notes if number)
 
 
 def plan_of(job: Namespace, journal: Journal, count: Counter) -> str:
@@ -1045,6 +1056,8 @@ def conditions(job: Namespace) -> Iterator[tuple[object, str]]:
     yield re.fullmatch("[!-~]*", job.key), "TOKENHUB_KEY has characters that no key has"
     yield all(m and m.isprintable() for m in models), "MODEL is missing, or not UTF-8"
     yield min(job.concurrency, job.limit) > 0, "--concurrency and --limit begin at 1"
+    whole = isinstance(job.concurrency, int) and isinstance(MAX_CHARS, int)
+    yield whole, "CONCURRENCY and MAX_CHARS must be whole numbers"
     yield job.rpm == 0 or 0.01 <= job.rpm < math.inf, "--rpm must be 0 or at least 0.01"
     yield job.budget_usd >= 0, "--budget cannot be negative"
     for name in models if 0 < job.budget_usd < math.inf else ():
@@ -1055,16 +1068,15 @@ def checked_job() -> Namespace:
     """What options, settings and environment ask for; raises InputError."""
     job = parse_arguments()
     job.key = os.environ.get("TOKENHUB_KEY", "").strip()
-    job.secret = job.key.encode() if len(job.key) >= 8 else b"\0"  # `none` is no secret
     job.chinese_model = None if job.model else CHINESE_MODEL
     job.model = job.model or MODEL
     for right, why in conditions(job):
         if not right:
             raise InputError(why)
     try:
-        json.dumps(EXTRA_BODY | {}, allow_nan=False)
-    except (TypeError, ValueError):
-        raise InputError("EXTRA_BODY is no JSON object")
+        json.dumps(EXTRA_BODY | {"max_tokens": most_usage("")}, allow_nan=False)
+    except (AttributeError, TypeError, ValueError):
+        raise InputError("EXTRA_BODY is no JSON object, or its max_tokens no number")
     job.url = checked_url(os.environ.get("TOKENHUB_URL") or TOKENHUB_URL)
     return job
 
