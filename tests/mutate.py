@@ -30,9 +30,10 @@ TURNED = {
 # the quick ones first; what tests the tests themselves, or the size of the file, is left out
 TESTS = (
     "labels", "tickets", "pacer", "exports", "report", "settings", "spreadsheet", "budget", "recipes", "run", "trust",
-    "resume", "faults", "crash",
+    "odd", "resume", "faults", "crash",
 )  # fmt: skip
-PYTEST = ("-n", "2")
+STEPS = "test_a_kill_between_two_steps_of_the_rewrite_leaves_every_old_line_on_record_once"  # edits the text
+PYTEST = ("-n", "4", "--deselect", f"tests/test_crash.py::{STEPS}")  # most tests wait for the clock
 DROPPED = (ast.Expr, ast.Assign, ast.AugAssign, ast.Return, ast.Raise, ast.Continue)
 
 
@@ -98,7 +99,7 @@ def main() -> None:
     parser.add_argument("how_many", nargs="?", type=int, default=150)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", help="the numbers of breakages, as a former run printed them")
-    parser.add_argument("--jobs", type=int, default=3, help="at a time, as most tests wait for the clock")
+    parser.add_argument("--jobs", type=int, default=2, help="at a time, as most tests wait for the clock")
     options = parser.parse_args()
     source = (ROOT / "classify.py").read_text(encoding="utf-8")
     assert not is_noticed(unparsed(source, ast.parse(source))), "the tests fail without any breakage"
