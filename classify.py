@@ -452,7 +452,7 @@ KINDS = {  # status, codes and message, where they say more than the status
 
 
 def outcome(kind: int | str, *said: str, **more: object) -> Outcome:
-    return replace(OUTCOMES[kind], said=said, **more)
+    return Outcome(**vars(OUTCOMES[kind]) | more | {"said": said})
 
 
 PROMPT_HASH = hashlib.blake2b(ascii((SYSTEM_PROMPT, EXTRA_BODY)).encode()).digest()
@@ -491,7 +491,7 @@ async def post(session: aiohttp.ClientSession, job: Namespace, model: str, text:
 
 def redacted(outcome: Outcome, key: str) -> Outcome:
     """Without the key; a few letters, such as `none`, are no secret."""
-    if len(key) < 8:
+    if len(key) < 8 or not any(key in text for text in (*outcome.said, outcome.reply or "")):
         return outcome
     said = tuple(text.replace(key, "***") for text in outcome.said)
     return replace(outcome, said=said, reply=outcome.reply and outcome.reply.replace(key, "***"))
@@ -506,9 +506,12 @@ def parse_json(raw: bytes) -> object:
 
 def dig(data: object, *keys: str | int) -> object:
     """What stands there in the JSON, or None."""
-    with suppress(KeyError, IndexError, TypeError):
-        return functools.reduce(lambda part, key: part[key], keys, data)
-    return None
+    try:
+        for key in keys:
+            data = data[key]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return data
 
 
 def outcome_of(status: int, headers: Mapping[str, str], data: object) -> Outcome:
