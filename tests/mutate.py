@@ -31,12 +31,14 @@ TURNED = {
 # which tests are likely to notice a breakage in a section; then all the others run
 LIKELY = {
     "settings": "settings recipes run", "what is printed": "trust odd run", "tickets": "tickets exports labels",
-    "labels": "labels odd", "pacing": "pacer", "one call": "odd trust recipes report run", "results": "resume odd budget run",
+    "labels": "labels odd", "pacing": "pacer", "one call": "odd trust recipes report run",
+    "results": "resume odd budget run",
     "run": "run odd budget resume", "report": "report run resume", "main": "settings run trust report",
 }  # fmt: skip
 OTHERS = (
-    "labels tickets pacer exports report settings spreadsheet budget recipes run trust odd resume faults crash".split()
-)
+    "labels", "tickets", "pacer", "exports", "report", "settings", "spreadsheet", "budget", "recipes", "run", "trust",
+    "odd", "resume", "faults", "crash",
+)  # fmt: skip
 EDIT = "not a_kill_between_two_steps and not lines_are_put_on_the_disk"  # which edit the program's text
 PYTEST = ("-n", "4", "-k", EDIT)  # most tests wait for the clock
 DROPPED = (ast.Expr, ast.Assign, ast.AugAssign, ast.Return, ast.Raise, ast.Continue)

@@ -257,6 +257,17 @@ async def test_a_bad_request_fails_its_ticket_alone_with_what_the_gateway_said(d
     assert "invalid_request" in line
 
 
+async def test_the_report_says_what_this_run_did(desk: Desk):
+    brisk(desk)
+    desk.write(numbered(10))
+    async with Gateway(replace(QUICK, tokens=(312, 3))) as gateway:
+        await desk.run(gateway, "--limit", "4")
+        gateway.script = replace(gateway.script, faults=(Fault("status_400", matching="number 7."),))
+        done = await desk.run(gateway)
+    assert "\nThis run: 5 tickets labelled, 1 failed, $0.0004\n" in done.stdout
+    assert "\nNot labelled: 1 tickets" in done.stdout
+
+
 async def test_a_failed_ticket_gets_no_line_and_is_sent_alone_the_next_time(desk: Desk):
     brisk(desk)
     desk.write(numbered(10))
