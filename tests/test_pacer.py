@@ -367,6 +367,23 @@ def test_the_window_starts_at_four_and_answers_to_quick_answers_and_time_outs():
     in_virtual_time(run())
 
 
+@pytest.mark.parametrize(
+    ("first_s", "then_s", "window"), [(1, 14, 6), (1, 20, 5), (1, 32, 2.5), (31, 31, 4), (31, 46, 4), (31, 62, 2)]
+)
+def test_how_long_an_answer_waited_beyond_the_fastest_makes_the_window(first_s, then_s, window):
+    """TIMEOUT is 60: a quarter of it more is quick, half of it more is slow; half of it in all is not quick."""
+
+    async def run() -> None:
+        pacer = Pacer(0, 40)
+        for took_s in (first_s, then_s):
+            started = await pacer.turn()
+            await asyncio.sleep(took_s)
+            pacer.ended(started, LET_IN)
+        assert pacer.window == window
+
+    in_virtual_time(run())
+
+
 def test_a_request_that_was_never_sent_tells_nothing():
     async def run() -> None:
         pacer = Pacer(600, 40)
