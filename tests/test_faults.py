@@ -394,6 +394,8 @@ if __name__ == "__main__":
         (400, {"message": "the ticket says: unsupported parameter"}, 400),
         (500, {"code": "insufficient_balance"}, 500),
         (599, {}, 500),
+        (300, {}, 300),
+        (399, {}, 300),
         (700, {}, 500),
     ],
 )
