@@ -278,6 +278,25 @@ async def test_an_output_that_is_changed_during_the_run_stops_it_and_no_answer_i
 # ---- What a crash or an editor leaves in labels.jsonl
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere an open file has no name")
+def test_a_rewrite_is_on_the_disk_before_it_takes_the_place_of_the_output(done_desk: Desk, five_labels, monkeypatch):
+    done_desk.output.write_bytes(five_labels + b'{"id": "t')
+    steps, fsync, replace_ = [], os.fsync, os.replace
+
+    def synced(fd: int) -> None:
+        steps.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        fsync(fd)
+
+    def replaced(source: str, target: Path) -> None:
+        steps.append("replaced")
+        replace_(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    assert run_here(done_desk).status == 0
+    assert steps[:3] == ["labels.jsonl.bak", "new", "replaced"]
+
+
 @pytest.mark.parametrize("left", [1, 60, -2])
 async def test_a_torn_last_line_is_cut_off_and_its_ticket_sent_again(done_desk: Desk, five_labels, left):
     *whole, last = five_labels.splitlines(keepends=True)
