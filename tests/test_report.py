@@ -194,6 +194,15 @@ async def test_cached_tokens_are_priced_as_such(desk: Desk, style):
     assert all(line["tokens_cached"] == 8_000 for line in done.lines)
 
 
+@pytest.mark.parametrize(("tokens_out", "said"), [(10, False), (11, True)])
+async def test_a_reply_longer_than_was_asked_for_is_said(desk: Desk, tokens_out: int, said: bool):
+    brisk(desk)
+    desk.write(numbered(2))
+    async with Gateway(replace(QUICK, tokens=(312, tokens_out))) as gateway:
+        done = await desk.run(gateway)
+    assert ("Note: 2 replies were longer than the tokens asked for" in done.stdout) == said
+
+
 # ---- What the program needs
 
 
