@@ -184,6 +184,7 @@ async def test_the_address_may_end_before_the_endpoint(desk: Desk):
         ((), {"TOKENHUB_KEY": ""}, "TOKENHUB_KEY"),
         ((), {"TOKENHUB_KEY": " \n"}, "TOKENHUB_KEY"),
         (("--model", "gpt-9"), {}, "gpt-9.*--budget 0"),
+        (("--model", "gpt-9", "--budget", "0.5"), {}, "gpt-9.*--budget 0"),
         (("--concurrency", "0"), {}, "--concurrency"),
         (("--limit", "0"), {}, "--limit"),
         (("--limit", "-3"), {}, "--limit"),
@@ -266,6 +267,8 @@ async def test_the_report_says_what_this_run_did(desk: Desk):
         done = await desk.run(gateway)
     assert "\nThis run: 5 tickets labelled, 1 failed, $0.0004\n" in done.stdout
     assert "\nNot labelled: 1 tickets" in done.stdout
+    counts = [line.split() for line in done.stdout.splitlines()[4:9]]
+    assert counts == [["billing", "9"], ["bug", "0"], ["how-to", "0"], ["feature-request", "0"], ["other", "0"]]
 
 
 async def test_a_failed_ticket_gets_no_line_and_is_sent_alone_the_next_time(desk: Desk):
