@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from collections.abc import Callable
 
 import pytest
@@ -53,6 +54,22 @@ async def test_each_kind_of_failure_has_its_own_retries(desk: Desk):
     async with served(Answers(lambda n: replies[n - 1])) as url:
         done = await desk.run(None, *NO_LIMIT, TOKENHUB_URL=url)
     assert (done.status, done.labels) == (0, {"t0": "billing"})
+
+
+async def test_each_retry_waits_longer(desk: Desk):
+    brisk(desk, BACKOFF_S=0.1, BACKOFF_MAX_S=1.0)
+    desk.write(numbered(1))
+    at: list[float] = []
+
+    def late(n: int) -> object:
+        at.append(time.monotonic())
+        return 503 if n < 4 else answer()
+
+    async with served(Answers(late)) as url:
+        done = await desk.run(None, *NO_LIMIT, TOKENHUB_URL=url)
+    assert done.status == 0
+    waits = [later - earlier for earlier, later in itertools.pairwise(at)]
+    assert all(wait >= least for wait, least in zip(waits, (0.19, 0.39, 0.79), strict=True))
 
 
 KEYS = ("sk-ab/cdEFGH/123456", "sk+ab<cdEFGH&123456")
