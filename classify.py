@@ -472,6 +472,7 @@ def request_body(model: str, text: str) -> dict:
 
 
 async def post(session: aiohttp.ClientSession, job: Namespace, model: str, text: str) -> Outcome:
+    """Sends one request to its end."""
     body = request_body(model, text)
     try:
         async with session.post(job.url, json=body, allow_redirects=False) as got:
