@@ -112,6 +112,8 @@ def repeats(message: str, ticket: str) -> bool:
 
 # ---- tickets ----
 
+COLUMNS = [name.strip().casefold() for name in (ID_COLUMN, *TEXT_COLUMNS)]
+
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
@@ -147,8 +149,8 @@ def column_names(header: list[str]) -> list[str]:
     """In lower case; raises ValueError where one is missing, or there twice."""
     "".join(header).encode()  # raises UnicodeError for what `surrogateescape` let through
     names = [name.strip().casefold() for name in header]
-    for name in (ID_COLUMN, *TEXT_COLUMNS, "label"):
-        count = names.count(name.casefold())
+    for name in (*COLUMNS, "label"):
+        count = names.count(name)
         if count > 1 or (not count and name != "label"):
             raise ValueError(f"needs one column {name}, not {count}; set ID_COLUMN, TEXT_COLUMNS")
     return names
@@ -160,9 +162,9 @@ def parse_row(names: list[str], row: list[str], line: int) -> Ticket:
     if any(row[len(names) :]):
         raise ValueError("more fields than columns; text with commas needs quotes")
     cells = dict(zip(names, row, strict=False))
-    id_, *texts = (cells.get(name.casefold()) for name in (ID_COLUMN, *TEXT_COLUMNS))
+    id_, *texts = map(cells.get, COLUMNS)
     if not id_ or not id_.strip() or None in texts:
-        raise ValueError(f"a ticket needs {ID_COLUMN} and {' and '.join(TEXT_COLUMNS)}")
+        raise ValueError(f"a ticket needs {' and '.join(COLUMNS)}")
     body, gold = "\n\n".join(filter(str.strip, texts)), cells.get("label", "").strip()
     if gold and gold not in LABELS:
         raise ValueError(f"the label is none of {', '.join(LABELS)}")
@@ -395,9 +397,9 @@ def cost_usd(model: str, usage: dict) -> float | None:
     """By PRICES; None for a model that has none."""
     if model not in PRICES:
         return None
-    cached = usage.get("tokens_cached") or 0
-    tokens = usage["tokens_in"] - cached, usage["tokens_out"], cached
-    return round(sum(n * usd for n, usd in zip(tokens, PRICES[model], strict=True)) / 1e6, 12)
+    cached, (in_usd, out_usd, cached_usd) = usage.get("tokens_cached") or 0, PRICES[model]
+    usd = (usage["tokens_in"] - cached) * in_usd + cached * cached_usd
+    return round((usd + usage["tokens_out"] * out_usd) / 1e6, 12)
 
 
 @dataclass(frozen=True)
@@ -574,7 +576,8 @@ def parse_usage(usage: object) -> dict | None:
 def probability(choice: object) -> float | None:
     """Of the whole reply, where the gateway says."""
     with suppress(KeyError, TypeError, ValueError, OverflowError):
-        logprobs = [float(token["logprob"]) for token in dig(choice, "logprobs", "content")]
+        tokens = dig(choice, "logprobs", "content") or ()
+        logprobs = [float(token["logprob"]) for token in tokens]
         if logprobs and sum(logprobs) <= 0:
             return round(math.exp(sum(logprobs)), 4)
     return None
@@ -618,7 +621,7 @@ def result_of(ticket: Ticket, model: str, digest: str, outcome: Outcome) -> dict
     return result | {"reply": None if reply == result["label"] else reply}
 
 
-def identity(path: Path | int) -> tuple[int, ...]:
+def identity(path: Path) -> tuple[int, ...]:
     """Which file this is, and how long; nothing where there is none."""
     with suppress(OSError):
         stat = os.stat(path)
@@ -747,7 +750,7 @@ class Journal:
             if self.file.write(line + b"\n") <= len(line):
                 self.file.truncate(self.ours[1])
                 raise OSError(f"{self.path}: No space left on device")
-            self.ours = identity(self.file.fileno())
+            self.ours = self.ours[0], self.ours[1] + len(line) + 1
             self.count(result)
 
 
@@ -772,8 +775,8 @@ class Run:
         self.twins = {}  # digest: ids of further tickets with that request, being asked
         self.reserved = []  # $, the most that each request in flight can cost
         self.named = {}  # model: whether it named a label, for its last tickets
-        self.patience_s, self.met_at = math.inf, 0.0  # with what the last request met, and when
-        self.trouble_s = Counter()  # patience: for how long nothing better was met
+        self.met_at = self.awake_s = 0.0  # the last outcome
+        self.trouble_s = {}  # patience: since when nothing better was met
 
     def stop(self, why: str):
         """Lets no further request start; what is in flight may finish."""
@@ -828,16 +831,17 @@ class Run:
 
     def watch(self, outcome: Outcome, text: str):
         """Stops a run that meets nothing better for longer than its patience."""
-        now, patience_s = asyncio.get_running_loop().time(), outcome.patience_s
-        gap_s, last_s = min(now - self.met_at, MAX_GAP_S), self.patience_s
-        self.patience_s, self.met_at = patience_s, now
+        now = asyncio.get_running_loop().time()
+        self.awake_s += min(now - self.met_at, MAX_GAP_S)
+        self.met_at = now
         if (outcome.wait_s or 0) > MAX_HOLD_S:
             self.stop(f"{outcome.shown(text)}; it asks to wait for {outcome.wait_s:.0f} s")
         for most_s in (0, KEY_GRACE_S, MAX_STUCK_S):
-            self.trouble_s[most_s] += gap_s if last_s <= most_s else 0
-            self.trouble_s[most_s] *= patience_s <= most_s
-            if patience_s <= most_s <= self.trouble_s[most_s]:
-                self.stop(f"{outcome.shown(text)}; nothing better for {most_s:.0f} s")
+            if outcome.patience_s > most_s:
+                self.trouble_s.pop(most_s, None)
+            elif self.awake_s - self.trouble_s.setdefault(most_s, self.awake_s) >= most_s:
+                why = f"; nothing better for {most_s:.0f} s" if most_s else ""
+                self.stop(outcome.shown(text) + why)
 
     def keep(self, result: dict):
         """Writes the result down; raises OSError."""
