@@ -413,7 +413,7 @@ class Outcome:
     advice: str = ""
     said: tuple[str, ...] = ()  # the whole message, then shorter forms
     usage: dict | None = None  # where the gateway told
-    reply: str | None = None  # a complete one
+    reply: str = ""  # a complete one
     confidence: float | None = None
     wait_s: float | None = None  # Retry-After
 
@@ -494,10 +494,11 @@ async def post(session: aiohttp.ClientSession, job: Namespace, model: str, text:
 
 def redacted(outcome: Outcome, key: str) -> Outcome:
     """Without the key; a few letters, such as `none`, are no secret."""
-    if len(key) < 8 or not any(key in text for text in (*outcome.said, outcome.reply or "")):
+    texts = (*outcome.said, outcome.reply)
+    if len(key) < 8 or key not in "\n".join(texts):
         return outcome
-    said = tuple(text.replace(key, "***") for text in outcome.said)
-    return replace(outcome, said=said, reply=outcome.reply and outcome.reply.replace(key, "***"))
+    *said, reply = (text.replace(key, "***") for text in texts)
+    return replace(outcome, said=tuple(said), reply=reply)
 
 
 def parse_json(raw: bytes) -> object:
@@ -615,10 +616,11 @@ def result_of(ticket: Ticket, model: str, digest: str, outcome: Outcome) -> dict
     usage = outcome.usage or estimated_usage(ticket.text)
     paid = usage | {"cost_usd": cost_usd(model, usage)} if outcome.billed else FREE
     result = {"id": ticket.id, "label": None, "model": model, "digest": digest} | paid
-    if (reply := outcome.reply) is None:  # the time, so that no two failures are one line
+    if not outcome.reply:  # the time, so that no two failures are one line
         return result | {"error": outcome.said[0][:2000], "at": f"{datetime.now(UTC)}"}
-    result |= {"label": normalize_label(reply) or FALLBACK, "confidence": outcome.confidence}
-    return result | {"reply": None if reply == result["label"] else reply}
+    label = normalize_label(outcome.reply) or FALLBACK
+    reply = None if outcome.reply == label else outcome.reply
+    return result | {"label": label, "confidence": outcome.confidence, "reply": reply}
 
 
 def identity(path: Path) -> tuple[int, ...]:
@@ -795,7 +797,7 @@ class Run:
         while sent := await self.send(model, ticket.text):
             outcome, wait_s = sent
             tries[outcome.retries] += 1  # those of each kind for themselves
-            has_failed = outcome.reply is None and tries[outcome.retries] > outcome.retries
+            has_failed = not outcome.reply and tries[outcome.retries] > outcome.retries
             if outcome.billed or has_failed:
                 digest = self.journal.missing[ticket.id]
                 self.keep(result_of(ticket, model, digest, outcome))
@@ -804,7 +806,7 @@ class Run:
                 why = outcome.shown(ticket.text)
                 say(f"ticket {printable(ticket.id)} failed: {why}")
                 return self.judge(model, False, why)
-            if outcome.reply is not None:
+            if outcome.reply:
                 why = "see each `reply`; check SYSTEM_PROMPT, MODEL"
                 return self.judge(model, bool(normalize_label(outcome.reply)), why)
             retries = tries.total() - tries[math.inf]
