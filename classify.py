@@ -641,7 +641,7 @@ class Journal:
     def __init__(self, path: Path):
         self.path = Path(os.path.realpath(path))  # a symlink is there to be kept
         self.backup, self.lock_path = Path(f"{self.path}.bak"), Path(f"{self.path}.lock")
-        self.answers = {request_digest(None, ""): FALLBACK}  # digest: label; "": is being asked
+        self.answers = {request_digest(None, ""): FALLBACK}  # digest: label
         self.failures = Counter()  # by digest, of earlier runs
         self.in_backup = set()  # hashes of lines
         self.missing = {}  # id: digest, of the tickets that need a line,
@@ -774,7 +774,7 @@ class Run:
         self.pacer = Pacer(job.rpm, job.concurrency)
         self.stopped = ""  # why nothing more is sent
         self.labelled = self.failed = 0
-        self.twins = {}  # digest: ids of further tickets with that request, being asked
+        self.twins = {}  # digest of a request that was sent: ids of further tickets with it
         self.reserved = []  # $, the most that each request in flight can cost
         self.named = {}  # model: whether it named a label, for its last tickets
         self.met_at = self.awake_s = 0.0  # the last outcome
@@ -879,10 +879,10 @@ def tickets_to_ask(run: Run) -> Iterator[Ticket]:
             if label:
                 known = {"id": ticket.id, "label": label, "model": model, "digest": digest}
                 run.keep(known | FREE)
-            elif label is not None:
-                run.twins.setdefault(digest, []).append(ticket.id)
+            elif digest in run.twins:
+                run.twins[digest].append(ticket.id)
             elif journal.failures[digest] == failures:
-                journal.answers[digest] = ""
+                run.twins[digest] = []
                 yield ticket
 
 
