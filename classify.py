@@ -611,16 +611,16 @@ def line_of(result: dict) -> bytes:
     return json.dumps({k: v for k, v in result.items() if v is not None or k in always}).encode()
 
 
-def result_of(ticket: Ticket, model: str, digest: str, outcome: Outcome) -> dict:
+def result_of(asked: dict, text: str, outcome: Outcome) -> dict:
     """What came of one request; a reply without a label stands beside FALLBACK."""
-    usage = outcome.usage or estimated_usage(ticket.text)
-    paid = usage | {"cost_usd": cost_usd(model, usage)} if outcome.billed else FREE
-    result = {"id": ticket.id, "label": None, "model": model, "digest": digest} | paid
+    usage = outcome.usage or estimated_usage(text)
+    paid = usage | {"cost_usd": cost_usd(asked["model"], usage)} if outcome.billed else FREE
     if not outcome.reply:  # the time, so that no two failures are one line
-        return result | {"error": outcome.said[0][:2000], "at": f"{datetime.now(UTC)}"}
+        error = {"error": outcome.said[0][:2000], "at": f"{datetime.now(UTC)}"}
+        return asked | paid | error
     label = normalize_label(outcome.reply) or FALLBACK
     reply = None if outcome.reply == label else outcome.reply
-    return result | {"label": label, "confidence": outcome.confidence, "reply": reply}
+    return asked | paid | {"label": label, "confidence": outcome.confidence, "reply": reply}
 
 
 def identity(path: Path) -> tuple[int, ...]:
@@ -791,20 +791,19 @@ class Run:
         with suppress(TimeoutError):  # or until the run is ending
             await asyncio.wait_for(self.pacer.stopping.wait(), delay_s)
 
-    async def label(self, ticket: Ticket):
+    async def label(self, text: str, asked: dict):
         """Sends a ticket until it has its line, or has failed."""
-        tries, model = Counter(), pick_model(ticket.text, self.job)
-        while sent := await self.send(model, ticket.text):
+        tries, model = Counter(), asked["model"]
+        while sent := await self.send(model, text):
             outcome, wait_s = sent
             tries[outcome.retries] += 1  # those of each kind for themselves
             has_failed = not outcome.reply and tries[outcome.retries] > outcome.retries
             if outcome.billed or has_failed:
-                digest = self.journal.missing[ticket.id]
-                self.keep(result_of(ticket, model, digest, outcome))
+                self.keep(result_of(asked, text, outcome))
             if has_failed:
                 self.failed += 1
-                why = outcome.shown(ticket.text)
-                say(f"ticket {printable(ticket.id)} failed: {why}")
+                why = outcome.shown(text)
+                say(f"ticket {printable(asked['id'])} failed: {why}")
                 return self.judge(model, False, why)
             if outcome.reply:
                 why = "see each `reply`; check SYSTEM_PROMPT, MODEL"
@@ -864,8 +863,8 @@ class Run:
             self.stop(f"{model} named a label for {right} of the last {count} tickets; {why}")
 
 
-def tickets_to_ask(run: Run) -> Iterator[Ticket]:
-    """One for each request, what failed most last; what was answered before gets its line here."""
+def tickets_to_ask(run: Run) -> Iterator[tuple[str, dict]]:
+    """Each text to send, and its line so far, what failed most last; known answers are kept."""
     job, journal = run.job, run.journal
     for failures in sorted({0, *journal.failures.values()}):
         for ticket in load_tickets(job.tickets):
@@ -876,21 +875,21 @@ def tickets_to_ask(run: Run) -> Iterator[Ticket]:
             model, label = pick_model(ticket.text, job), journal.answers.get(digest)
             if digest != request_digest(model, ticket.text):
                 raise InputError(f"{job.tickets}:{ticket.line}: changed since it was checked")
+            line = {"id": ticket.id, "label": label, "model": model, "digest": digest}
             if label:
-                known = {"id": ticket.id, "label": label, "model": model, "digest": digest}
-                run.keep(known | FREE)
+                run.keep(line | FREE)
             elif digest in run.twins:
                 run.twins[digest].append(ticket.id)
             elif journal.failures[digest] == failures:
                 run.twins[digest] = []
-                yield ticket
+                yield ticket.text, line
 
 
-async def work(run: Run, tickets: Iterator[Ticket]):
+async def work(run: Run, tickets: Iterator[tuple[str, dict]]):
     """One of CONCURRENCY workers, each with one ticket at a time."""
     try:
-        for ticket in tickets:
-            await run.label(ticket)
+        for text, asked in tickets:
+            await run.label(text, asked)
     except OSError as error:
         run.stop(f"cannot write or read: {error}; run again")
 
