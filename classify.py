@@ -746,14 +746,14 @@ class Journal:
         ours = self.ours == identity(self.path) and self.lock_path.exists()
         if result["label"] is None or not ours:
             self.put_aside([line])
-        if not ours:
-            raise InputError(f"{self.path} or .lock was changed; see the .bak")
-        if result["label"] is not None:
-            if self.file.write(line + b"\n") <= len(line):
-                self.file.truncate(self.ours[1])
-                raise OSError(f"{self.path}: No space left on device")
+        elif self.file.write(line + b"\n") <= len(line):
+            self.file.truncate(self.ours[1])
+            raise OSError(f"{self.path}: No space left on device")
+        else:
             self.ours = self.ours[0], self.ours[1] + len(line) + 1
             self.count(result)
+        if not ours:
+            raise InputError(f"{self.path} or .lock was changed; see the .bak")
 
 
 # ---- run ----
