@@ -929,12 +929,11 @@ async def label_tickets(job: Namespace, journal: Journal) -> Run:
             run = Run(job, journal, session, bar)
             stop_on_signals(run)
             tickets = tickets_to_ask(run)
-            async with asyncio.TaskGroup() as group:
-                syncing = group.create_task(sync_each_second(run))
-                async with asyncio.TaskGroup() as workers:
-                    for _ in range(min(job.concurrency, len(journal.missing))):
-                        workers.create_task(work(run, tickets))
-                syncing.cancel()
+            syncing = asyncio.create_task(sync_each_second(run))
+            async with asyncio.TaskGroup() as workers:
+                for _ in range(min(job.concurrency, len(journal.missing))):
+                    workers.create_task(work(run, tickets))
+            syncing.cancel()
     return run
 
 
