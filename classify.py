@@ -37,7 +37,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from email.utils import format_datetime, parsedate_to_datetime
+from email.utils import formatdate, parsedate_to_datetime
 from pathlib import Path
 
 import aiohttp
@@ -513,7 +513,7 @@ def dig(data: object, *keys: str | int) -> object:
     try:
         for key in keys:
             data = data[key]
-    except (KeyError, IndexError, TypeError):
+    except (LookupError, TypeError):
         return None
     return data
 
@@ -526,13 +526,12 @@ def outcome_of(status: int, headers: Mapping[str, str], data: object) -> Outcome
     codes = [str(code) for name in ("code", "type") if (code := dig(error, name))]
     head = " ".join([str(status), *dict.fromkeys(codes)])
     message = dig(error, "message") if isinstance(error, dict) else error
-    message = str(message or headers.get("location", ""))[:4000]
-    kinds = [kind for rule, kind in KINDS.items() if re.search(rule, f"{head}: {message}", re.I)]
+    said = f"{head}: {message or headers.get('location', '')}"[:4000]
+    kinds = [kind for rule, kind in KINDS.items() if re.search(rule, said, re.I)]
     if status < 300:  # an error in the body of a 200
         status = int(codes[0]) if codes and re.fullmatch("[345][0-9][0-9]", codes[0]) else 500
     kinds += [kind for kind in (status, status // 100 * 100, 500) if kind in OUTCOMES]
-    wait_s = retry_after_s(headers)
-    return outcome(kinds[0], f"{head}: {message}", head, head[:3], wait_s=wait_s)
+    return outcome(kinds[0], said, head, head[:3], wait_s=retry_after_s(headers))
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
@@ -541,7 +540,7 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
     with suppress(ValueError):
         return wait_s if 0 <= (wait_s := float(given)) < math.inf else None
     with suppress(ValueError, TypeError, OverflowError):
-        sent = headers.get("date") or format_datetime(datetime.now(UTC))
+        sent = headers.get("date") or formatdate(usegmt=True)
         wait = parsedate_to_datetime(given) - parsedate_to_datetime(sent)
         return max(0.0, wait.total_seconds())
     return None
@@ -578,9 +577,9 @@ def probability(choice: object) -> float | None:
     """Of the whole reply, where the gateway says."""
     with suppress(KeyError, TypeError, ValueError, OverflowError):
         tokens = dig(choice, "logprobs", "content") or ()
-        logprobs = [float(token["logprob"]) for token in tokens]
-        if logprobs and sum(logprobs) <= 0:
-            return round(math.exp(sum(logprobs)), 4)
+        logprob = sum(float(token["logprob"]) for token in tokens)
+        if tokens and logprob <= 0:
+            return round(math.exp(logprob), 4)
     return None
 
 
