@@ -698,10 +698,10 @@ class Journal:
 
     def count(self, result: dict):
         """Counts a ticket that has its line."""
-        id_, label, reply = result["id"], result["label"], result.get("reply")
+        id_, label = result["id"], result["label"]
         del self.missing[id_]
         self.sums["=", label] += 1
-        self.sums["fallback"] += bool(reply) and not normalize_label(reply)
+        self.sums["fallback"] += not normalize_label(result.get("reply") or label)
         self.sums["judged"] += id_ in self.gold
         self.sums["right"] += self.gold.get(id_) == label
 
