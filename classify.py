@@ -700,6 +700,7 @@ class Journal:
         """Counts a ticket that has its line."""
         id_, label = result["id"], result["label"]
         del self.missing[id_]
+        self.sums["labelled"] += 1
         self.sums["=", label] += 1
         self.sums["fallback"] += not normalize_label(result.get("reply") or label)
         self.sums["judged"] += id_ in self.gold
@@ -772,7 +773,7 @@ class Run:
         self.job, self.journal, self.session, self.bar = job, journal, session, bar
         self.pacer = Pacer(job.rpm, job.concurrency)
         self.stopped = ""  # why nothing more is sent
-        self.labelled = self.failed = 0
+        self.before = journal.sums.copy()
         self.twins = {}  # digest of a request that was sent: ids of further tickets with it
         self.reserved = []  # $, the most that each request in flight can cost
         self.named = {}  # model: whether it named a label, for its last tickets
@@ -800,7 +801,7 @@ class Run:
             if outcome.billed or has_failed:
                 self.keep(result_of(asked, text, outcome))
             if has_failed:
-                self.failed += 1
+                self.journal.sums["failed"] += 1
                 why = outcome.shown(text)
                 say(f"ticket {printable(asked['id'])} failed: {why}")
                 return self.judge(model, False, why)
@@ -847,7 +848,6 @@ class Run:
         """Writes the result down; raises OSError."""
         self.journal.append(result)
         if result["label"] is not None:
-            self.labelled += 1
             self.bar.update()
             for id_ in self.twins.pop(result["digest"], ()):
                 if id_ in self.journal.missing:
@@ -985,16 +985,14 @@ def plan_of(job: Namespace, journal: Journal, count: Counter) -> str:
     return "; ".join((plan, f"{share * count['tokens_in']:,.0f} tokens in", pace, *notes))
 
 
-def report(job: Namespace, journal: Journal, run: Run) -> Iterator[str]:
+def report(journal: Journal, run: Run) -> Iterator[str]:
     """The totals of the output, then what a person should know."""
-    sums, pacer = journal.sums, run.pacer
-    labels = {label: sums["=", label] for label in LABELS}
-    yield f"Classified {sum(labels.values())} tickets"
+    sums, pacer, new = journal.sums, run.pacer, journal.sums - run.before
+    yield f"Classified {sums['labelled']} tickets"
     yield f"Tokens: {sums['tokens_in']:,} in / {sums['tokens_out']:,} out"
     yield f"Cost  : {dollars(sums)}"
-    yield from ("", *(f"{label:<18}{number:>8}" for label, number in labels.items()), "")
-    usd = dollars(sums - Counter(cost_usd=job.spent_usd))
-    yield f"This run: {run.labelled} tickets labelled, {run.failed} failed, {usd}"
+    yield from ("", *(f"{label:<18}{sums['=', label]:>8}" for label in LABELS), "")
+    yield f"This run: {new['labelled']} tickets labelled, {new['failed']} failed, {dollars(new)}"
     pace = f"; set RPM to about {60 * pacer.pace:.0f}" * pacer.limit_found
     accuracy = wilson(sums["right"], sums["judged"])
     yield from noted(
@@ -1095,7 +1093,6 @@ def label_all(job: Namespace) -> int:
         journal.lock()
     count = survey(job, journal)
     journal.load()
-    job.spent_usd = journal.sums["cost_usd"]
     plan = plan_of(job, journal, count)
     if job.dry_run:
         show([plan])
@@ -1104,7 +1101,7 @@ def label_all(job: Namespace) -> int:
     journal.open()
     run = asyncio.run(label_tickets(job, journal))
     os.fsync(journal.file.fileno())
-    show(report(job, journal, run))
+    show(report(journal, run))
     return 130 if run.stopped == INTERRUPTED else int(bool(journal.missing))
 
 
