@@ -927,11 +927,9 @@ async def label_tickets(job: Namespace, journal: Journal) -> Run:
         with tqdm(total=len(journal.missing), unit=" tickets", disable=None) as bar:
             run = Run(job, journal, session, bar)
             stop_on_signals(run)
-            tickets = tickets_to_ask(run)
             syncing = asyncio.create_task(sync_each_second(run))
-            async with asyncio.TaskGroup() as workers:
-                for _ in range(min(job.concurrency, len(journal.missing))):
-                    workers.create_task(work(run, tickets))
+            tickets, count = tickets_to_ask(run), min(job.concurrency, len(journal.missing))
+            await asyncio.gather(*(work(run, tickets) for _ in range(count)))
             syncing.cancel()
     return run
 
