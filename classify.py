@@ -1035,10 +1035,10 @@ def checked_url(given: str) -> URL:
     """The endpoint; raises InputError for an address that may not have the key."""
     with suppress(ValueError):
         url = URL(given)
-        (url.host or "").encode("idna")  # which refuses a..b
-        is_here = re.fullmatch(r"localhost|127(\.\d+){3}|::1", url.host or "")
-        private = url.scheme == "https" or (url.scheme == "http" and is_here)
-        if url.host and private and "@" not in url.raw_authority:
+        host = url.host or ""
+        host.encode("idna")  # which refuses a..b
+        private = {"https": ".+", "http": r"localhost|127(\.\d+){3}|::1"}.get(url.scheme, "")
+        if host and re.fullmatch(private, host) and "@" not in url.raw_authority:
             whole = url.path.endswith("/chat/completions")
             return url if whole else (url / "chat/completions").with_query(url.query)
     raise InputError("TOKENHUB_URL must be https://HOST/..., or http:// on this machine")
