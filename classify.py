@@ -643,8 +643,7 @@ class Journal:
         self.answers = {request_digest(None, ""): FALLBACK}  # digest: label
         self.failures = Counter()  # by digest, of earlier runs
         self.in_backup = set()  # hashes of lines
-        self.missing = {}  # id: digest, of the tickets that need a line,
-        self.stale = 0  # and how many of these have one that no longer fits
+        self.missing = {}  # id: digest, of the tickets that need a line
         self.gold = {}  # id: label by a person
         self.most_out = most_usage("")["tokens_out"]
         self.sums = Counter()  # tokens and dollars of both files, labels of the output
@@ -684,7 +683,7 @@ class Journal:
             self.book(line, result)
             if self.missing.get(id_) == digest and result["label"] in LABELS:
                 self.count(result)
-            self.stale += id_ in self.missing
+        self.stale = len(ids & self.missing.keys())  # lines that no longer fit their ticket
 
     def book(self, line: bytes, result: dict):
         """Adds what a line cost to the sums, once, and remembers its label."""
