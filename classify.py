@@ -466,16 +466,12 @@ def request_digest(model: str | None, text: str) -> str:
     return hashlib.blake2b(asked, digest_size=12, key=PROMPT_HASH).hexdigest()
 
 
-def request_body(model: str, text: str) -> dict:
+async def post(session: aiohttp.ClientSession, job: Namespace, model: str, text: str) -> Outcome:
+    """Sends one request to its end."""
     messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": text}]
     body = {"model": model, "messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0}
     body |= {"logprobs": LOGPROBS or None} | EXTRA_BODY
-    return {name: value for name, value in body.items() if value is not None}
-
-
-async def post(session: aiohttp.ClientSession, job: Namespace, model: str, text: str) -> Outcome:
-    """Sends one request to its end."""
-    body = request_body(model, text)
+    body = {name: value for name, value in body.items() if value is not None}
     try:
         async with session.post(job.url, json=body, allow_redirects=False) as got:
             try:
