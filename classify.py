@@ -1011,21 +1011,6 @@ def wilson(right: int, of: int) -> str:
 # ---- main ----
 
 
-def parse_arguments() -> Namespace:
-    parser = ArgumentParser(description=__doc__.split("\n")[0])
-    option = parser.add_argument
-    option("tickets", nargs="?", type=Path, default="tickets.csv", help="a CSV (%(default)s)")
-    option("-o", "--output", type=Path, default="labels.jsonl", help="which the next run continues")
-    option("--model", help=f"for every ticket ({MODEL})")
-    option("--concurrency", type=int, default=CONCURRENCY, help="requests in flight (%(default)s)")
-    option("--rpm", type=float, default=RPM, help="requests a minute, 0: no limit (%(default)s)")
-    usd = "for all runs together, 0: no limit (%(default)s)"
-    option("--budget", dest="budget_usd", type=float, default=BUDGET_USD, metavar="USD", help=usd)
-    option("--limit", type=int, default=sys.maxsize, help="the first so many tickets only")
-    option("--dry-run", action="store_true", help="send nothing; show what a run would cost")
-    return parser.parse_args()
-
-
 def checked_url(given: str) -> URL:
     """The endpoint; raises InputError for an address that may not have the key."""
     with suppress(ValueError):
@@ -1064,7 +1049,18 @@ def conditions(job: Namespace) -> Iterator[tuple[object, str]]:
 
 def checked_job() -> Namespace:
     """What options, settings and environment ask for; raises InputError."""
-    job = parse_arguments()
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    option = parser.add_argument
+    option("tickets", nargs="?", type=Path, default="tickets.csv", help="a CSV (%(default)s)")
+    option("-o", "--output", type=Path, default="labels.jsonl", help="which the next run continues")
+    option("--model", help=f"for every ticket ({MODEL})")
+    option("--concurrency", type=int, default=CONCURRENCY, help="requests in flight (%(default)s)")
+    option("--rpm", type=float, default=RPM, help="requests a minute, 0: no limit (%(default)s)")
+    usd = "for all runs together, 0: no limit (%(default)s)"
+    option("--budget", dest="budget_usd", type=float, default=BUDGET_USD, metavar="USD", help=usd)
+    option("--limit", type=int, default=sys.maxsize, help="the first so many tickets only")
+    option("--dry-run", action="store_true", help="send nothing; show what a run would cost")
+    job = parser.parse_args()
     job.key = os.environ.get("TOKENHUB_KEY", "").strip()
     job.chinese_model = None if job.model else CHINESE_MODEL
     job.model = job.model or MODEL
