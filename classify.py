@@ -636,7 +636,7 @@ class Journal:
     def __init__(self, path: Path):
         self.path = Path(os.path.realpath(path))  # a symlink is there to be kept
         self.backup, self.lock_path = Path(f"{self.path}.bak"), Path(f"{self.path}.lock")
-        self.answers = {request_digest(None, ""): FALLBACK}  # digest: label
+        self.answers = {request_digest(None, ""): FALLBACK}  # digest: label, or "": was asked
         self.failures = Counter()  # by digest, of earlier runs
         self.in_backup = set()  # hashes of lines
         self.missing = {}  # id: digest, of the tickets that need a line
@@ -769,7 +769,6 @@ class Run:
         self.pacer = Pacer(job.rpm, job.concurrency)
         self.stopped = ""  # why nothing more is sent
         self.before = journal.sums.copy()
-        self.twins = {}  # digest of a request that was sent: ids of further tickets with it
         self.reserved = []  # $, the most that each request in flight can cost
         self.named = {}  # model: whether it named a label, for its last tickets
         self.met_at = self.awake_s = 0.0  # the last outcome
@@ -844,9 +843,6 @@ class Run:
         self.journal.append(result)
         if result["label"] is not None:
             self.bar.update()
-            for id_ in self.twins.pop(result["digest"], ()):
-                if id_ in self.journal.missing:
-                    self.keep(result | FREE | {"id": id_})
 
     def judge(self, model: str, named: bool, why: str):
         """Stops the run where a model names a label for too few of its first, or last, tickets."""
@@ -862,7 +858,7 @@ def tickets_to_ask(run: Run) -> Iterator[tuple[str, dict]]:
     job, journal = run.job, run.journal
     for failures in sorted({0, *journal.failures.values()}):
         for ticket in load_tickets(job.tickets):
-            if run.stopped:
+            if run.stopped or not journal.missing:
                 return
             if (digest := journal.missing.get(ticket.id)) is None:
                 continue
@@ -872,10 +868,8 @@ def tickets_to_ask(run: Run) -> Iterator[tuple[str, dict]]:
             line = {"id": ticket.id, "label": label, "model": model, "digest": digest}
             if label:
                 run.keep(line | FREE)
-            elif digest in run.twins:
-                run.twins[digest].append(ticket.id)
-            elif journal.failures[digest] == failures:
-                run.twins[digest] = []
+            elif label is None and journal.failures[digest] == failures:
+                journal.answers[digest] = ""
                 yield ticket.text, line
 
 
@@ -923,8 +917,9 @@ async def label_tickets(job: Namespace, journal: Journal) -> Run:
             run = Run(job, journal, session, bar)
             stop_on_signals(run)
             syncing = asyncio.create_task(sync_each_second(run))
-            tickets, count = tickets_to_ask(run), min(job.concurrency, len(journal.missing))
-            await asyncio.gather(*(work(run, tickets) for _ in range(count)))
+            for _ in range(2):  # equal tickets are asked once: the others get their line at the end
+                tickets, count = tickets_to_ask(run), min(job.concurrency, len(journal.missing))
+                await asyncio.gather(*(work(run, tickets) for _ in range(count)))
             syncing.cancel()
     return run
 
