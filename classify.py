@@ -611,8 +611,7 @@ def result_of(asked: dict, text: str, outcome: Outcome) -> dict:
     usage = outcome.usage or estimated_usage(text)
     paid = usage | {"cost_usd": cost_usd(asked["model"], usage)} if outcome.billed else FREE
     if not outcome.reply:  # the time, so that no two failures are one line
-        error = {"error": outcome.said[0][:2000], "at": f"{datetime.now(UTC)}"}
-        return asked | paid | error
+        return asked | paid | {"error": outcome.said[0][:2000], "at": f"{datetime.now(UTC)}"}
     label = normalize_label(outcome.reply) or FALLBACK
     reply = None if outcome.reply == label else outcome.reply
     return asked | paid | {"label": label, "confidence": outcome.confidence, "reply": reply}
@@ -961,12 +960,11 @@ def plan_of(job: Namespace, journal: Journal, count: Counter) -> str:
     send = len(set(journal.missing.values()) - journal.answers.keys())
     share = send / (count["tickets"] or 1)
     count["cost_usd"] *= share
-    spent_usd = journal.sums["cost_usd"] + count["cost_usd"]
     notes = noted(
-        (count["tickets"] - len(journal.missing), "# are done"),
+        (journal.sums["labelled"], "# are done"),
         (journal.stale, "replaces # lines, which go to the .bak"),
         (count["cut"], f"# are cut at {MAX_CHARS} characters"),
-        (0 < job.budget_usd < spent_usd, "OVER THE BUDGET"),
+        (0 < job.budget_usd < journal.sums["cost_usd"] + count["cost_usd"], "OVER THE BUDGET"),
     )
     plan = f"{send} of {count['tickets']} tickets to send: about {dollars(count)}"
     pace = f"at least {send / job.rpm:.1f} min" if job.rpm else "at the pace that is found"
