@@ -7,7 +7,7 @@
     export TOKENHUB_KEY=...
     python classify.py        # reads tickets.csv; --dry-run shows the cost, --help the options
 
-Each answer is on disk as it arrives. A ticket without one gets no line, and is sent next time.
+A ticket without an answer gets no line, and is sent next time.
 
     label_all       start here, at the end: check, plan, run, report
     survey          load_tickets (the CSV); then Journal.load (labels.jsonl) says what is done
@@ -89,7 +89,7 @@ PRICES = {  # $ per million tokens: in, out, in from the provider's cache. token
 
 
 class InputError(OSError):
-    """What the user has to mend; its text says what and where."""
+    """What the user has to mend, and where."""
 
 
 def say(message: str):
@@ -117,8 +117,6 @@ COLUMNS = [name.strip().casefold() for name in (ID_COLUMN, *TEXT_COLUMNS)]
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """One row of the CSV."""
-
     id: str
     text: str
     is_cut: bool  # at MAX_CHARS
@@ -127,7 +125,7 @@ class Ticket:
 
 
 def load_tickets(path: Path) -> Iterator[Ticket]:
-    """Streams a CSV with commas, semicolons or tabs; raises InputError with the line."""
+    """Streams a CSV with commas, semicolons or tabs."""
     csv.field_size_limit(2**31 - 1)  # by default 128 kB
     line = 1
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -467,7 +465,6 @@ def request_digest(model: str | None, text: str) -> str:
 
 
 async def post(session: aiohttp.ClientSession, job: Namespace, model: str, text: str) -> Outcome:
-    """Sends one request to its end."""
     messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": text}]
     body = {"model": model, "messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0}
     body |= {"logprobs": LOGPROBS or None} | EXTRA_BODY
@@ -531,7 +528,7 @@ def outcome_of(status: int, headers: Mapping[str, str], data: object) -> Outcome
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Seconds by Retry-After, a number or a date (RFC 9110, 10.2.3); None where there is none."""
+    """Seconds by Retry-After, a number or a date (RFC 9110, 10.2.3)."""
     given = headers.get("retry-after", "")
     with suppress(ValueError):
         return wait_s if 0 <= (wait_s := float(given)) < math.inf else None
@@ -644,7 +641,7 @@ class Journal:
         self.sums = Counter()  # tokens and dollars of both files, labels of the output
 
     def lock(self):
-        """Takes the output for this process; raises InputError."""
+        """Takes the output for this process."""
         try:  # an SQLite transaction is a lock on every system, and ends with the process
             self.connection = sqlite3.connect(self.lock_path, timeout=0, isolation_level=None)
             self.connection.execute("BEGIN EXCLUSIVE")
@@ -652,7 +649,7 @@ class Journal:
             raise InputError(f"{self.lock_path}: {error}; is another run at work?")
 
     def records(self, path: Path) -> Iterator[tuple[int, bytes, dict]]:
-        """Number, text and fields of each line; raises InputError."""
+        """Number, text and fields of each line."""
         self.torn = False  # the last line has no end
         with suppress(FileNotFoundError), open(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -691,7 +688,6 @@ class Journal:
             self.answers[result["digest"]] = sys.intern(result["label"])
 
     def count(self, result: dict):
-        """Counts a ticket that has its line."""
         id_, label = result["id"], result["label"]
         del self.missing[id_]
         self.sums["labelled"] += 1
@@ -734,7 +730,7 @@ class Journal:
             self.ours = identity(self.path)
 
     def append(self, result: dict):
-        """Writes one line; raises InputError where labels.jsonl is no longer ours."""
+        """Writes one line, unless labels.jsonl is no longer ours."""
         line = line_of(result)
         self.book(line, result)
         ours = self.ours == identity(self.path) and self.lock_path.exists()
@@ -838,7 +834,6 @@ class Run:
                 self.stop(outcome.shown(text) + why)
 
     def keep(self, result: dict):
-        """Writes the result down; raises OSError."""
         self.journal.append(result)
         if result["label"] is not None:
             self.bar.update()
@@ -905,7 +900,6 @@ async def sync_each_second(run: Run):
 
 
 async def label_tickets(job: Namespace, journal: Journal) -> Run:
-    """Labels what has no label yet, and returns how it went."""
     async with aiohttp.ClientSession(
         headers={"Authorization": f"Bearer {job.key}"},
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4),  # servers drop them after 5 s
@@ -927,7 +921,7 @@ async def label_tickets(job: Namespace, journal: Journal) -> Run:
 
 
 def survey(job: Namespace, journal: Journal) -> Counter:
-    """Checks the whole CSV, and sums up what it costs; raises InputError."""
+    """Checks the whole CSV, and sums up what it costs."""
     count = Counter()
     for number, ticket in enumerate(load_tickets(job.tickets)):
         if ticket.id in journal.missing:
@@ -987,7 +981,7 @@ def report(journal: Journal, run: Run) -> Iterator[str]:
         (sums["large"], "Note: # replies were longer than the tokens asked for"),
         (sums["fallback"], f"Note: # tickets became {FALLBACK!r}: see `reply`"),
         (pacer.refusals, f"Limit: # requests refused{pace}"),
-        (len(journal.missing), "Not labelled: # tickets; run the same command again to send them"),
+        (len(journal.missing), "Not labelled: # tickets; run the same command again"),
         (sums["judged"], f"Accuracy: {accuracy} labels by people"),
     )
 
@@ -1005,7 +999,7 @@ def wilson(right: int, of: int) -> str:
 
 
 def checked_url(given: str) -> URL:
-    """The endpoint; raises InputError for an address that may not have the key."""
+    """The endpoint, where that address may have the key."""
     with suppress(ValueError):
         url = URL(given)
         host = url.host or ""
@@ -1041,7 +1035,7 @@ def conditions(job: Namespace) -> Iterator[tuple[object, str]]:
 
 
 def checked_job() -> Namespace:
-    """What options, settings and environment ask for; raises InputError."""
+    """What options, settings and environment ask for."""
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     option = parser.add_argument
     option("tickets", nargs="?", type=Path, default="tickets.csv", help="a CSV (%(default)s)")
