@@ -374,7 +374,7 @@ class Pacer:
 
 # ---- one call ----
 
-FREE = {"tokens_in": 0, "tokens_out": 0, "cost_usd": 0.0, "tokens_cached": None, "estimated": None}
+FREE = {"tokens_in": 0, "tokens_out": 0, "cost_usd": 0.0}
 
 
 def estimated_usage(text: str) -> dict:
@@ -835,8 +835,7 @@ class Run:
 
     def keep(self, result: dict):
         self.journal.append(result)
-        if result["label"] is not None:
-            self.bar.update()
+        self.bar.update(result["label"] is not None)
 
     def judge(self, model: str, named: bool, why: str):
         """Stops the run where a model names a label for too few of its first, or last, tickets."""
