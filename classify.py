@@ -38,7 +38,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import formatdate, parsedate_to_datetime
-from pathlib import Path
 
 import aiohttp
 from tqdm import tqdm
@@ -124,7 +123,7 @@ class Ticket:
     line: int  # where it begins
 
 
-def load_tickets(path: Path) -> Iterator[Ticket]:
+def load_tickets(path: str) -> Iterator[Ticket]:
     """Streams a CSV with commas, semicolons or tabs."""
     csv.field_size_limit(2**31 - 1)  # by default 128 kB
     line = 1
@@ -614,7 +613,7 @@ def result_of(asked: dict, text: str, outcome: Outcome) -> dict:
     return asked | paid | {"label": label, "confidence": outcome.confidence, "reply": reply}
 
 
-def identity(path: Path) -> tuple[int, ...]:
+def identity(path: str) -> tuple[int, ...]:
     """Which file this is, and how long; nothing where there is none."""
     with suppress(OSError):
         stat = os.stat(path)
@@ -629,9 +628,9 @@ class Journal:
     hold all that was ever paid. A line in both counts once.
     """
 
-    def __init__(self, path: Path):
-        self.path = Path(os.path.realpath(path))  # a symlink is there to be kept
-        self.backup, self.lock_path = Path(f"{self.path}.bak"), Path(f"{self.path}.lock")
+    def __init__(self, path: str):
+        self.path = os.path.realpath(path)  # a symlink is there to be kept
+        self.backup, self.lock_path = f"{self.path}.bak", f"{self.path}.lock"
         self.answers = {request_digest(None, ""): FALLBACK}  # digest: label, or "": was asked
         self.failures = Counter()  # by digest, of earlier runs
         self.in_backup = set()  # hashes of lines
@@ -648,7 +647,7 @@ class Journal:
         except sqlite3.Error as error:
             raise InputError(f"{self.lock_path}: {error}; is another run at work?")
 
-    def records(self, path: Path) -> Iterator[tuple[int, bytes, dict]]:
+    def records(self, path: str) -> Iterator[tuple[int, bytes, dict]]:
         """Number, text and fields of each line."""
         self.torn = False  # the last line has no end
         with suppress(FileNotFoundError), open(path, "rb") as file:
@@ -717,13 +716,14 @@ class Journal:
         """Moves old lines to the .bak; a crash leaves each in one file, or in both."""
         old = self.missing
         self.put_aside(line for _, line, result in self.records(self.path) if result["id"] in old)
-        with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".classify-") as folder:
-            with open(Path(folder, "new"), "wb") as file:
+        folder = os.path.dirname(self.path)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".classify-") as private:
+            with open(f"{private}/new", "wb") as file:
                 for _, line, result in self.records(self.path):
                     file.write(line + b"\n" if result["id"] not in old else b"")
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(file.name, self.path.stat().st_mode)
+            os.chmod(file.name, os.stat(self.path).st_mode)
             if identity(self.path) != self.ours:
                 raise InputError(f"{self.path}: changed while it was read; run again")
             os.replace(file.name, self.path)
@@ -733,7 +733,7 @@ class Journal:
         """Writes one line, unless labels.jsonl is no longer ours."""
         line = line_of(result)
         self.book(line, result)
-        ours = self.ours == identity(self.path) and self.lock_path.exists()
+        ours = self.ours == identity(self.path) and os.path.exists(self.lock_path)
         if result["label"] is None or not ours:
             self.put_aside([line])
         elif self.file.write(line + b"\n") <= len(line):
@@ -1037,8 +1037,8 @@ def checked_job() -> Namespace:
     """What options, settings and environment ask for."""
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     option = parser.add_argument
-    option("tickets", nargs="?", type=Path, default="tickets.csv", help="a CSV (%(default)s)")
-    option("-o", "--output", type=Path, default="labels.jsonl", help="which the next run continues")
+    option("tickets", nargs="?", default="tickets.csv", help="a CSV (%(default)s)")
+    option("-o", "--output", default="labels.jsonl", help="which the next run continues")
     option("--model", help=f"for every ticket ({MODEL})")
     option("--concurrency", type=int, default=CONCURRENCY, help="requests in flight (%(default)s)")
     option("--rpm", type=float, default=RPM, help="requests a minute, 0: no limit (%(default)s)")
