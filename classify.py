@@ -667,12 +667,12 @@ class Journal:
             self.book(line, result)
             self.in_backup.add(hash(line))
         for number, line, result in self.records(self.path):
-            id_, digest = result["id"], result["digest"]
+            id_ = result["id"]
             if id_ in ids:
                 raise InputError(f"{self.path}:{number}: the id of an earlier line; delete it")
             ids.add(id_)
             self.book(line, result)
-            if self.missing.get(id_) == digest and result["label"] in LABELS:
+            if self.missing.get(id_) == result["digest"] and result["label"] in LABELS:
                 self.count(result)
         self.stale = len(ids & self.missing.keys())  # lines that no longer fit their ticket
 
@@ -1011,7 +1011,7 @@ def checked_url(given: str) -> URL:
 
 
 def conditions(job: Namespace) -> Iterator[tuple[object, str]]:
-    """What must be true of settings, options and environment; what to say where it is not."""
+    """What must be true, and what to say where it is not."""
     names = "CONCURRENCY RPM TIMEOUT MAX_RETRIES MAX_TOKENS MAX_CHARS BUDGET_USD"
     for name in names.split():
         yield are_numbers(globals()[name]), f"{name} must be a number, not negative"
@@ -1025,8 +1025,8 @@ def conditions(job: Namespace) -> Iterator[tuple[object, str]]:
     yield re.fullmatch("[!-~]*", job.key), "TOKENHUB_KEY has characters that no key has"
     yield all(m and m.isprintable() for m in models), "MODEL is missing, or not UTF-8"
     yield min(job.concurrency, job.limit) > 0, "--concurrency and --limit begin at 1"
-    whole = isinstance(job.concurrency, int) and isinstance(MAX_CHARS, int)
-    yield whole, "CONCURRENCY and MAX_CHARS must be whole numbers"
+    for name in ("CONCURRENCY", "MAX_CHARS"):
+        yield isinstance(globals()[name], int), f"{name} must be a whole number"
     yield job.rpm == 0 or 0.01 <= job.rpm < math.inf, "--rpm must be 0 or at least 0.01"
     yield job.budget_usd >= 0, "--budget cannot be negative"
     for name in models if 0 < job.budget_usd < math.inf else ():
@@ -1062,7 +1062,7 @@ def checked_job() -> Namespace:
 
 
 def label_all(job: Namespace) -> int:
-    """Checks all, labels what has no label yet, and reports; returns the exit status."""
+    """Checks, labels what has no label yet, and reports; returns the exit status."""
     journal = Journal(job.output)
     if not job.dry_run:
         journal.lock()
