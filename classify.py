@@ -782,21 +782,15 @@ class Run:
 
     async def label(self, text: str, asked: dict):
         """Sends a ticket until it has its line, or has failed."""
-        tries, model = Counter(), asked["model"]
-        while sent := await self.send(model, text):
+        tries = Counter()
+        while sent := await self.send(asked["model"], text):
             outcome, wait_s = sent
             tries[outcome.retries] += 1  # those of each kind for themselves
-            has_failed = not outcome.reply and tries[outcome.retries] > outcome.retries
-            if outcome.billed or has_failed:
+            is_last = outcome.reply or tries[outcome.retries] > outcome.retries
+            if outcome.billed or is_last:
                 self.keep(result_of(asked, text, outcome))
-            if has_failed:
-                self.journal.sums["failed"] += 1
-                why = outcome.shown(text)
-                say(f"ticket {printable(asked['id'])} failed: {why}")
-                return self.judge(model, False, why)
-            if outcome.reply:
-                why = "see each `reply`; check SYSTEM_PROMPT, MODEL"
-                return self.judge(model, bool(normalize_label(outcome.reply)), why)
+            if is_last:
+                return self.judge(asked, text, outcome)
             retries = tries.total() - tries[math.inf]
             backoff_s = min(BACKOFF_S * 2**retries, BACKOFF_MAX_S) if retries else 0.0
             await self.sleep(max(wait_s, backoff_s))  # no jitter: the pacer spaces all requests
@@ -837,12 +831,17 @@ class Run:
         self.journal.append(result)
         self.bar.update(result["label"] is not None)
 
-    def judge(self, model: str, named: bool, why: str):
+    def judge(self, asked: dict, text: str, outcome: Outcome):
         """Stops the run where a model names a label for too few of its first, or last, tickets."""
+        model, why = asked["model"], "see each `reply`; check SYSTEM_PROMPT, MODEL"
+        if not outcome.reply:
+            why = outcome.shown(text)
+            say(f"ticket {printable(asked['id'])} failed: {why}")
+            self.journal.sums["failed"] += 1
         recent = self.named.setdefault(model, deque(maxlen=RECENT))
-        recent.append(named)
+        recent.append(bool(normalize_label(outcome.reply)))
         count, right = len(recent), sum(recent)
-        if not named and (2 * right < count == RECENT or (not right and count == FIRST)):
+        if not recent[-1] and (2 * right < count == RECENT or (not right and count == FIRST)):
             self.stop(f"{model} named a label for {right} of the last {count} tickets; {why}")
 
 
