@@ -759,9 +759,10 @@ INTERRUPTED = "interrupted, waiting for what is in flight; press Ctrl-C again to
 class Run:
     """What the tickets of one run share, and the rules by which it stops."""
 
-    def __init__(self, job: Namespace, journal: Journal, session: object, bar: tqdm):
-        self.job, self.journal, self.session, self.bar = job, journal, session, bar
+    def __init__(self, job: Namespace, journal: Journal, session: object):
+        self.job, self.journal, self.session = job, journal, session
         self.pacer = Pacer(job.rpm, job.concurrency)
+        self.bar = tqdm(total=len(journal.missing), unit=" tickets", disable=None)
         self.stopped = ""  # why nothing more is sent
         self.before = journal.sums.copy()
         self.reserved = []  # $, the most that each request in flight can cost
@@ -904,14 +905,14 @@ async def label_tickets(job: Namespace, journal: Journal) -> Run:
         timeout=aiohttp.ClientTimeout(total=TIMEOUT, sock_connect=min(TIMEOUT / 2, 10)),
         cookie_jar=aiohttp.DummyCookieJar(),
     ) as session:
-        with tqdm(total=len(journal.missing), unit=" tickets", disable=None) as bar:
-            run = Run(job, journal, session, bar)
-            stop_on_signals(run)
-            syncing = asyncio.create_task(sync_each_second(run))
-            for _ in range(2):  # equal tickets are asked once: the others get their line at the end
-                tickets, count = tickets_to_ask(run), min(job.concurrency, len(journal.missing))
-                await asyncio.gather(*(work(run, tickets) for _ in range(count)))
-            syncing.cancel()
+        run = Run(job, journal, session)
+        stop_on_signals(run)
+        syncing = asyncio.create_task(sync_each_second(run))
+        for _ in range(2):  # equal tickets are asked once: the others get their line at the end
+            tickets, count = tickets_to_ask(run), min(job.concurrency, len(journal.missing))
+            await asyncio.gather(*(work(run, tickets) for _ in range(count)))
+        syncing.cancel()
+        run.bar.close()
     return run
 
 
