@@ -517,8 +517,8 @@ def outcome_of(status: int, headers: Mapping[str, str], data: object) -> Outcome
         return answer_of(data)
     codes = [str(code) for name in ("code", "type") if (code := dig(error, name))]
     head = " ".join([str(status), *dict.fromkeys(codes)])
-    message = dig(error, "message") if isinstance(error, dict) else error
-    said = f"{head}: {message or headers.get('location', '')}"[:4000]
+    message = dig(error, "message") or error or headers.get("location", "")
+    said = f"{head}: {message}"[:4000]
     kinds = [kind for rule, kind in KINDS.items() if re.search(rule, said, re.I)]
     if status < 300:  # an error in the body of a 200
         status = int(codes[0]) if codes and re.fullmatch("[345][0-9][0-9]", codes[0]) else 500
