@@ -154,7 +154,6 @@ def column_names(header: list[str]) -> list[str]:
 
 
 def parse_row(names: list[str], row: list[str], line: int) -> Ticket:
-    """Raises ValueError where it is not clear which ticket that is."""
     "".join(row).encode()
     if any(row[len(names) :]):
         raise ValueError("more fields than columns; text with commas needs quotes")
@@ -391,7 +390,6 @@ def most_usage(text: str) -> dict:
 
 
 def cost_usd(model: str, usage: dict) -> float | None:
-    """By PRICES; None for a model that has none."""
     if model not in PRICES:
         return None
     cached, (in_usd, out_usd, cached_usd) = usage.get("tokens_cached") or 0, PRICES[model]
@@ -867,7 +865,6 @@ def tickets_to_ask(run: Run) -> Iterator[tuple[str, dict]]:
 
 
 async def work(run: Run, tickets: Iterator[tuple[str, dict]]):
-    """One of CONCURRENCY workers, each with one ticket at a time."""
     try:
         for text, asked in tickets:
             await run.label(text, asked)
@@ -965,7 +962,6 @@ def plan_of(job: Namespace, journal: Journal, count: Counter) -> str:
 
 
 def report(journal: Journal, run: Run) -> Iterator[str]:
-    """The totals of the output, then what a person should know."""
     sums, pacer, new = journal.sums, run.pacer, journal.sums - run.before
     yield f"Classified {sums['labelled']} tickets"
     yield f"Tokens: {sums['tokens_in']:,} in / {sums['tokens_out']:,} out"
