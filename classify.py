@@ -916,8 +916,17 @@ async def label_tickets(job: Namespace, journal: Journal) -> Run:
 # ---- report ----
 
 
-def survey(job: Namespace, journal: Journal) -> Counter:
-    """Checks the whole CSV, and sums up what it costs."""
+def dollars(sums: Counter) -> str:
+    return "unpriced" if sums["unpriced"] else f"${sums['cost_usd']:.4f}"
+
+
+def noted(*notes: tuple[float, str]) -> Iterator[str]:
+    """The texts whose number is not 0."""
+    return (text.replace("#", f"{number}", 1) for number, text in notes if number)
+
+
+def survey(job: Namespace, journal: Journal) -> str:
+    """Checks all, and says what a run would send, cost and take, by the average ticket."""
     count = Counter()
     for number, ticket in enumerate(load_tickets(job.tickets)):
         if ticket.id in journal.missing:
@@ -933,20 +942,7 @@ def survey(job: Namespace, journal: Journal) -> Counter:
             count["tokens_in"] += usage["tokens_in"]
             count["cost_usd"] += cost_usd(model, usage) or 0
             count["unpriced"] += bool(model) and model not in PRICES
-    return count
-
-
-def dollars(sums: Counter) -> str:
-    return "unpriced" if sums["unpriced"] else f"${sums['cost_usd']:.4f}"
-
-
-def noted(*notes: tuple[float, str]) -> Iterator[str]:
-    """The texts whose number is not 0."""
-    return (text.replace("#", f"{number}", 1) for number, text in notes if number)
-
-
-def plan_of(job: Namespace, journal: Journal, count: Counter) -> str:
-    """What a run would send, cost and take, by the average ticket."""
+    journal.load()
     send = len(set(journal.missing.values()) - journal.answers.keys())
     share = send / (count["tickets"] or 1)
     count["cost_usd"] *= share
@@ -1062,9 +1058,7 @@ def label_all(job: Namespace) -> int:
     journal = Journal(job.output)
     if not job.dry_run:
         journal.lock()
-    count = survey(job, journal)
-    journal.load()
-    plan = plan_of(job, journal, count)
+    plan = survey(job, journal)
     if job.dry_run:
         show([plan])
         return 0
