@@ -38,6 +38,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import formatdate, parsedate_to_datetime
+from typing import IO
 
 import aiohttp
 from tqdm import tqdm
@@ -619,6 +620,11 @@ def identity(path: str) -> tuple[int, ...]:
     return ()
 
 
+def sync(file: IO):
+    file.flush()
+    os.fsync(file.fileno())
+
+
 class Journal:
     """labels.jsonl, output and checkpoint in one: a line a ticket, appended as its answer arrives.
 
@@ -700,31 +706,28 @@ class Journal:
         self.file = open(self.path, "ab", buffering=0)
         self.ours = self.ours or identity(self.path)
 
-    def put_aside(self, lines: Iterable[bytes]):
-        """Appends to the .bak what does not stand there yet."""
-        with open(self.backup, "ab") as file:
-            for line in lines:
-                if hash(line) not in self.in_backup:
-                    self.in_backup.add(hash(line))
-                    file.write(b"\n" + line + b"\n")  # the line before it may be half a one
-            file.flush()
-            os.fsync(file.fileno())
+    def put_aside(self, line: bytes, backup: IO):
+        """Adds to the .bak what does not stand there yet."""
+        if hash(line) not in self.in_backup:
+            self.in_backup.add(hash(line))
+            backup.write(b"\n" + line + b"\n")  # the line before it may be half a one
 
     def retire(self):
         """Moves old lines to the .bak; a crash leaves each in one file, or in both."""
-        old = self.missing
-        self.put_aside(line for _, line, result in self.records(self.path) if result["id"] in old)
         folder = os.path.dirname(self.path)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".classify-") as private:
-            with open(f"{private}/new", "wb") as file:
+            with open(self.backup, "ab") as backup, open(f"{private}/new", "wb") as new:
                 for _, line, result in self.records(self.path):
-                    file.write(line + b"\n" if result["id"] not in old else b"")
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(file.name, os.stat(self.path).st_mode)
+                    if result["id"] in self.missing:
+                        self.put_aside(line, backup)
+                    else:
+                        new.write(line + b"\n")
+                sync(backup)
+                sync(new)
+            os.chmod(new.name, os.stat(self.path).st_mode)
             if identity(self.path) != self.ours:
                 raise InputError(f"{self.path}: changed while it was read; run again")
-            os.replace(file.name, self.path)
+            os.replace(new.name, self.path)
             self.ours = identity(self.path)
 
     def append(self, result: dict):
@@ -733,7 +736,9 @@ class Journal:
         self.book(line, result)
         ours = self.ours == identity(self.path) and os.path.exists(self.lock_path)
         if result["label"] is None or not ours:
-            self.put_aside([line])
+            with open(self.backup, "ab") as backup:
+                self.put_aside(line, backup)
+                sync(backup)
         elif self.file.write(line + b"\n") <= len(line):
             self.file.truncate(self.ours[1])
             raise OSError(f"{self.path}: No space left on device")
@@ -890,7 +895,7 @@ async def sync_each_second(run: Run):
     while not run.stopped:
         await asyncio.sleep(1)
         try:
-            await asyncio.to_thread(os.fsync, run.journal.file.fileno())
+            await asyncio.to_thread(sync, run.journal.file)
         except OSError as error:
             run.stop(f"cannot write: {error}")
 
@@ -1065,7 +1070,7 @@ def label_all(job: Namespace) -> int:
     say(plan)
     journal.open()
     run = asyncio.run(label_tickets(job, journal))
-    os.fsync(journal.file.fileno())
+    sync(journal.file)
     show(report(journal, run))
     return 130 if run.stopped == INTERRUPTED else int(bool(journal.missing))
 
