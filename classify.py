@@ -970,7 +970,6 @@ def report(journal: Journal, run: Run) -> Iterator[str]:
     yield from ("", *(f"{label:<18}{sums['=', label]:>8}" for label in LABELS), "")
     yield f"This run: {new['labelled']} tickets labelled, {new['failed']} failed, {dollars(new)}"
     pace = f"; set RPM to about {60 * pacer.pace:.0f}" * pacer.limit_found
-    accuracy = wilson(sums["right"], sums["judged"])
     yield from noted(
         (len(journal.in_backup), "Old or in vain: # requests, see the .bak"),
         (sums["estimated"], "Estimated: # requests, as the gateway told no tokens"),
@@ -978,7 +977,7 @@ def report(journal: Journal, run: Run) -> Iterator[str]:
         (sums["fallback"], f"Note: # tickets became {FALLBACK!r}: see `reply`"),
         (pacer.refusals, f"Limit: # requests refused{pace}"),
         (len(journal.missing), "Not labelled: # tickets; run the same command again"),
-        (sums["judged"], f"Accuracy: {accuracy} labels by people"),
+        (sums["judged"], f"Accuracy: {wilson(sums['right'], sums['judged'])} labels by people"),
     )
 
 
