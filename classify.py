@@ -125,7 +125,7 @@ class Ticket:
 
 
 def load_tickets(path: str) -> Iterator[Ticket]:
-    """Streams a CSV with commas, semicolons or tabs."""
+    """Streams a CSV with commas, semicolons or tabs; raises InputError with the line."""
     csv.field_size_limit(2**31 - 1)  # by default 128 kB
     line = 1
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -391,6 +391,7 @@ def most_usage(text: str) -> dict:
 
 
 def cost_usd(model: str, usage: dict) -> float | None:
+    """By PRICES; None for a model that has none."""
     if model not in PRICES:
         return None
     cached, (in_usd, out_usd, cached_usd) = usage.get("tokens_cached") or 0, PRICES[model]
@@ -449,7 +450,7 @@ KINDS = {  # status, codes and message, where they say more than the status
 }
 
 
-def outcome(kind: int | str, *said: str, **more: object) -> Outcome:
+def outcome_as(kind: int | str, *said: str, **more: object) -> Outcome:
     return Outcome(**vars(OUTCOMES[kind]) | more | {"said": said})
 
 
@@ -463,6 +464,7 @@ def request_digest(model: str | None, text: str) -> str:
 
 
 async def post(session: aiohttp.ClientSession, job: Namespace, model: str, text: str) -> Outcome:
+    """Sends one request; whatever happens to it is an Outcome."""
     messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": text}]
     body = {"model": model, "messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0}
     body |= {"logprobs": LOGPROBS or None} | EXTRA_BODY
@@ -476,11 +478,11 @@ async def post(session: aiohttp.ClientSession, job: Namespace, model: str, text:
                 data = parse_json(whole.partial)
             return redacted(outcome_of(got.status, got.headers, data), job.key)
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-        return outcome("no connection", f"no connection: {error}")
+        return outcome_as("no connection", f"no connection: {error}")
     except TimeoutError:
-        return outcome("timed out", f"no answer within {TIMEOUT} s")
+        return outcome_as("timed out", f"no answer within {TIMEOUT} s")
     except (aiohttp.ClientError, OSError) as error:
-        return outcome("connection lost", f"connection lost: {error}")
+        return outcome_as("connection lost", f"connection lost: {error}")
 
 
 def redacted(outcome: Outcome, key: str) -> Outcome:
@@ -522,7 +524,7 @@ def outcome_of(status: int, headers: Mapping[str, str], data: object) -> Outcome
     if status < 300:  # an error in the body of a 200
         status = int(codes[0]) if codes and re.fullmatch("[345][0-9][0-9]", codes[0]) else 500
     kinds += [kind for kind in (status, status // 100 * 100, 500) if kind in OUTCOMES]
-    return outcome(kinds[0], said, head, head[:3], wait_s=retry_after_s(headers))
+    return outcome_as(kinds[0], said, head, head[:3], wait_s=retry_after_s(headers))
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
@@ -542,15 +544,15 @@ def answer_of(data: object) -> Outcome:
     usage, choice = parse_usage(dig(data, "usage")), dig(data, "choices", 0)
     finish, content = str(dig(choice, "finish_reason") or "stop"), dig(choice, "message", "content")
     if not dig(choice, "message") or not isinstance(content, str | None):
-        return outcome("unreadable", "200 without choices[0].message.content", usage=usage)
+        return outcome_as("unreadable", "200 without choices[0].message.content", usage=usage)
     text = (content or "").encode(errors="replace").decode()  # half a character cannot be written
     reply = text.rpartition("</think>")[2].strip()[:200]
     whole = finish == "stop" or (finish == "length" and normalize_label(reply))
     if reply and whole and not reply.startswith("<think>"):
-        return outcome("answered", usage=usage, reply=reply, confidence=probability(choice))
+        return outcome_as("answered", usage=usage, reply=reply, confidence=probability(choice))
     kind = finish if OUTCOMES.get(finish) in (PAID, CUT_OFF) else "unfinished"
     why = "200 without a complete answer"
-    return outcome(kind, f"{why}: finish_reason {finish}", why, usage=usage)
+    return outcome_as(kind, f"{why}: finish_reason {finish}", why, usage=usage)
 
 
 def parse_usage(usage: object) -> dict | None:
@@ -591,7 +593,7 @@ def parse_line(line: bytes) -> dict:
     result = dict.fromkeys(TEXTS + NUMBERS) | (given if isinstance(given, dict) else {})
     texts, numbers = ([result[name] for name in names] for names in (TEXTS, NUMBERS))
     right = None not in texts[:2] and all(isinstance(text, str | None) for text in texts)
-    if not right or not are_numbers(*(number or 0 for number in numbers)):
+    if not right or not are_numbers(*(n for n in numbers if n is not None)):
         raise ValueError("not a line of this program")
     return result
 
@@ -731,7 +733,7 @@ class Journal:
             self.ours = identity(self.path)
 
     def append(self, result: dict):
-        """Writes one line, unless labels.jsonl is no longer ours."""
+        """Writes one line; raises InputError where labels.jsonl is no longer ours."""
         line = line_of(result)
         self.book(line, result)
         ours = self.ours == identity(self.path) and os.path.exists(self.lock_path)
@@ -770,8 +772,9 @@ class Run:
         self.before = journal.sums.copy()
         self.reserved = []  # $, the most that each request in flight can cost
         self.named = {}  # model: whether it named a label, for its last tickets
-        self.met_at = self.awake_s = 0.0  # the last outcome
-        self.trouble_s = {}  # patience: since when nothing better was met
+        self.met_at = 0.0  # when the last outcome came
+        self.awake_s = 0.0  # a clock that stands still while the machine sleeps
+        self.trouble_s = {}  # patience: since when, by that clock, nothing better came
 
     def stop(self, why: str):
         """Lets no further request start; what is in flight may finish."""
@@ -900,19 +903,26 @@ async def sync_each_second(run: Run):
             run.stop(f"cannot write: {error}")
 
 
-async def label_tickets(job: Namespace, journal: Journal) -> Run:
-    async with aiohttp.ClientSession(
-        headers={"Authorization": f"Bearer {job.key}"},
+def client(key: str) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        headers={"Authorization": f"Bearer {key}"},
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4),  # servers drop them after 5 s
         timeout=aiohttp.ClientTimeout(total=TIMEOUT, sock_connect=min(TIMEOUT / 2, 10)),
         cookie_jar=aiohttp.DummyCookieJar(),
-    ) as session:
+    )
+
+
+async def label_tickets(job: Namespace, journal: Journal) -> Run:
+    """Labels what has no label yet, and returns how it went."""
+    async with client(job.key) as session, asyncio.TaskGroup() as group:
         run = Run(job, journal, session)
         stop_on_signals(run)
-        syncing = asyncio.create_task(sync_each_second(run))
+        syncing = group.create_task(sync_each_second(run))
         for _ in range(2):  # equal tickets are asked once: the others get their line at the end
-            tickets, count = tickets_to_ask(run), min(job.concurrency, len(journal.missing))
-            await asyncio.gather(*(work(run, tickets) for _ in range(count)))
+            tickets = tickets_to_ask(run)
+            async with asyncio.TaskGroup() as workers:
+                for _ in range(min(job.concurrency, len(journal.missing))):
+                    workers.create_task(work(run, tickets))
         syncing.cancel()
         run.bar.close()
     return run
@@ -930,8 +940,8 @@ def noted(*notes: tuple[float, str]) -> Iterator[str]:
     return (text.replace("#", f"{number}", 1) for number, text in notes if number)
 
 
-def survey(job: Namespace, journal: Journal) -> str:
-    """Checks all, and says what a run would send, cost and take, by the average ticket."""
+def survey(job: Namespace, journal: Journal) -> Counter:
+    """Checks the whole CSV, and sums up what it costs; raises InputError."""
     count = Counter()
     for number, ticket in enumerate(load_tickets(job.tickets)):
         if ticket.id in journal.missing:
@@ -942,22 +952,28 @@ def survey(job: Namespace, journal: Journal) -> str:
             journal.missing[ticket.id] = request_digest(model, ticket.text)
             if ticket.gold:
                 journal.gold[ticket.id] = ticket.gold
-            count["tickets"] += 1
             count["cut"] += ticket.is_cut
-            count["tokens_in"] += usage["tokens_in"]
-            count["cost_usd"] += cost_usd(model, usage) or 0
-            count["unpriced"] += bool(model) and model not in PRICES
-    journal.load()
-    send = len(set(journal.missing.values()) - journal.answers.keys())
-    share = send / (count["tickets"] or 1)
+            if model:
+                count["to_ask"] += 1
+                count["tokens_in"] += usage["tokens_in"]
+                count["cost_usd"] += cost_usd(model, usage) or 0
+                count["unpriced"] += model not in PRICES
+    return count
+
+
+def plan_of(job: Namespace, journal: Journal, count: Counter) -> str:
+    """What a run would send, cost and take, by the average ticket."""
+    done, missing = journal.sums["labelled"], journal.missing
+    send = len(set(missing.values()) - journal.answers.keys())
+    share = send / (count["to_ask"] or 1)
     count["cost_usd"] *= share
     notes = noted(
-        (journal.sums["labelled"], "# are done"),
+        (done, "# are done"),
         (journal.stale, "replaces # lines, which go to the .bak"),
         (count["cut"], f"# are cut at {MAX_CHARS} characters"),
         (0 < job.budget_usd < journal.sums["cost_usd"] + count["cost_usd"], "OVER THE BUDGET"),
     )
-    plan = f"{send} of {count['tickets']} tickets to send: about {dollars(count)}"
+    plan = f"{send} of {done + len(missing)} tickets to send: about {dollars(count)}"
     pace = f"at least {send / job.rpm:.1f} min" if job.rpm else "at the pace that is found"
     return "; ".join((plan, f"{share * count['tokens_in']:,.0f} tokens in", pace, *notes))
 
@@ -994,7 +1010,7 @@ def wilson(right: int, of: int) -> str:
 
 
 def checked_url(given: str) -> URL:
-    """The endpoint, where that address may have the key."""
+    """The endpoint; raises InputError for an address that may not have the key."""
     with suppress(ValueError):
         url = URL(given)
         host = url.host or ""
@@ -1030,7 +1046,7 @@ def conditions(job: Namespace) -> Iterator[tuple[object, str]]:
 
 
 def checked_job() -> Namespace:
-    """What options, settings and environment ask for."""
+    """What options, settings and environment ask for; raises InputError."""
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     option = parser.add_argument
     option("tickets", nargs="?", default="tickets.csv", help="a CSV (%(default)s)")
@@ -1062,7 +1078,9 @@ def label_all(job: Namespace) -> int:
     journal = Journal(job.output)
     if not job.dry_run:
         journal.lock()
-    plan = survey(job, journal)
+    count = survey(job, journal)
+    journal.load()
+    plan = plan_of(job, journal, count)
     if job.dry_run:
         show([plan])
         return 0

@@ -50,6 +50,15 @@ async def test_a_dry_run_estimates_the_tokens_and_the_cost_by_each_models_price(
     assert float(usd) == pytest.approx(sum(x["cost_usd"] for x in done.lines), rel=0.1)
 
 
+def test_empty_tickets_make_the_others_no_cheaper(desk: Desk):
+    few = numbered(20)
+    desk.write(few)
+    cost = re.search(r"\$[\d.]+", run_here(desk, "--dry-run").stdout)[0]
+    desk.write(few | {f"empty {n}": "" for n in range(180)})
+    shown = run_here(desk, "--dry-run").stdout
+    assert f"20 of 200 tickets to send: about {cost}" in shown
+
+
 def test_a_dry_run_tells_the_least_time_and_whether_the_budget_will_hold(desk: Desk):
     desk.write(numbered(90))
     shown = run_here(desk, "--dry-run", "--rpm", "60", "--budget", "0.0001").stdout
