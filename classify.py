@@ -220,49 +220,40 @@ def normalize_label(reply: str) -> str | None:
 # ---- pacing ----
 
 LET_IN, REFUSED, FAILED, TIMED_OUT, NOT_SENT = range(5)  # how a request ends
-HEADROOM = 0.99  # of RPM, as clocks differ
 START_PER_S = 10.0  # where RPM is 0, and at most in an alarm
-SLACK_S = 0.05  # of a late timer are made up for
 OUTAGE = 5  # failures in a row hold everybody,
 HOLD_MAX_S = 5.0  # at most
-HOLD_S = 0.8  # of waiting where there is no Retry-After
-ALARM = 8.0  # log likelihood ratio: above it, refusals are no chance
+HOLD_S = 0.8  # of waiting, where there is no Retry-After
 QUIET = 0.0035  # of requests may always be refused
-CUT = 0.95  # of what was let through is the new pace
-TRUST = 8  # answers at the old pace added to a measured rate
-PAST = 8  # alarms are remembered
-RISE_S = 35.0  # less: faster recovery, more refusals
+EXCESS, ALARM = 0.08, 6.0  # so much more is an alarm, at this log likelihood ratio
+CUT = 0.95  # of the limit is the pace after an alarm
 
 
 class Pacer:
     """When each request may start: a pace for the gateway's limit, a window for its slowness.
 
-    A lone refusal holds its ticket. More than usual are an alarm: everybody waits as the gateway
-    says, and the first answer sets the pace to what was let through. It rises as a cubic (RFC
-    9438). Below what it let through before, a limit refuses nothing: an alarm there, with no more
-    refusals than always, was noise. That share is usual then, and the pace goes back.
+    More refused than usual is an alarm: all wait as the gateway says, and the pace becomes what
+    was let through. It rises, at first slowly. Below its best rate a limit refuses nothing: an
+    alarm there, with no more refused than at others, was noise. It is usual until it gets less.
     """
 
     def __init__(self, rpm: float, concurrency: int):
-        self.most = HEADROOM * rpm / 60 if rpm else math.inf
+        self.most = 0.99 * rpm / 60 if rpm else math.inf  # clocks differ
         self.pace = self.most if rpm else START_PER_S
-        self.plateau = 0.0  # what a limit let through, or 0
+        self.limit = self.best = 0.0  # rate let through: last, at best
+        self.noise = QUIET  # usual share refused
+        self.least = 1.0  # share refused at an alarm
+        self.doubt = 0.0  # whether this is usual
+        self.alarm_at = 0.0  # or 0
+        self.let_in = self.refused = self.paced_s = 0  # since the last alarm
         self.concurrency, self.window = concurrency, min(4.0, concurrency)
-        self.stopping = asyncio.Event()
-        self.waiting, self.timer = deque(), None
-        self.in_flight = self.refusals = 0
-        self.failures = 0  # or refusals, in a row
-        self.fastest_s = math.inf
-        self.next_at = self.halved_at = self.alarm_at = -math.inf
-        self.refused_pace = 0.0  # in an alarm
-        self.noise = QUIET  # usual share of refusals
-        self.row_sent = self.row_refused = 0  # since more than usual
-        self.since, self.sent, self.refused = 0.0, 0, 0  # since the last alarm
-        self.past = deque(maxlen=PAST)  # rate let in, share refused
+        self.fastest_s, self.halved_at, self.next_at = math.inf, -math.inf, -math.inf
+        self.in_flight = self.refusals = self.failures = 0  # failures in a row
+        self.waiting, self.timer, self.stopping = deque(), None, asyncio.Event()
 
     @property
     def limit_found(self) -> bool:
-        return self.plateau > 0 and self.pace < 0.97 * self.most
+        return self.limit > 0 and self.pace < 0.97 * self.most
 
     async def turn(self) -> float:
         """Waits until a request may start, and returns when; each turn needs its `ended`."""
@@ -283,13 +274,10 @@ class Pacer:
             (self.next_at <= now and self.in_flight < self.window) or self.stopping.is_set()
         ):
             self.waiting.popleft().set_result(now)
-            self.next_at = max(self.next_at, now - SLACK_S) + 1 / self.pace
-            self.since = self.since or now
             self.in_flight += 1
-            self.sent += 1
-            self.row_sent += 1
-            if self.row_refused <= self.row_sent * self.noise:
-                self.row_sent = self.row_refused = 0
+            pace = min(self.pace, START_PER_S) if self.alarm_at else self.pace
+            self.next_at = max(self.next_at, now - 0.05) + 1 / pace  # makes up for a late timer
+            self.paced_s += 1 / pace
         if self.waiting and self.next_at > now:
             if self.timer:
                 self.timer.cancel()
@@ -299,33 +287,43 @@ class Pacer:
         """Learns from a request; returns how many seconds its ticket should wait."""
         now, wait_s = asyncio.get_running_loop().time(), 0.0
         self.in_flight -= 1
-        if sign == FAILED and retry_after_s is not None:
-            sign = REFUSED
-        if sign == REFUSED:
-            wait_s = HOLD_S if retry_after_s is None else retry_after_s
-            self.refusals += 1
-            self.refused += 1
-            self.row_refused += 1
-            self.row_sent = max(self.row_sent, self.row_refused)
-            if not self.refused_pace and self.surprise(self.noise) >= ALARM:
-                self.refused_pace, self.alarm_at = self.pace, now
-                self.pace = min(CUT * self.pace, START_PER_S)
-            if self.refused_pace:
-                self.next_at = max(self.next_at, now + wait_s)
-        elif sign == LET_IN:
-            self.rise(started, now)
-        if sign in (LET_IN, TIMED_OUT):
-            self.resize(sign, started, now)
+        if sign == REFUSED or (sign == FAILED and retry_after_s is not None):
+            sign, wait_s = REFUSED, HOLD_S if retry_after_s is None else retry_after_s
         if sign != NOT_SENT:
-            self.failures = self.failures + 1 if sign in (REFUSED, FAILED) else 0
-            if self.failures >= OUTAGE:
-                self.next_at = max(self.next_at, now + min(self.failures / OUTAGE, HOLD_MAX_S))
+            self.count(sign == REFUSED, now)
+        if sign in (REFUSED, FAILED):
+            self.hold(wait_s, now)
+        elif sign != NOT_SENT:
+            self.resize(sign, started, now)
+        if sign == LET_IN and not self.alarm_at:
+            self.rise(now)
+        elif sign == LET_IN and started > self.alarm_at:
+            self.judge()
         self.admit()
         return wait_s
 
+    def count(self, refused: bool, now: float):
+        """Raises an alarm; what is usual follows slowly, but a limit's refusals are no noise."""
+        self.refusals += refused
+        self.refused += refused
+        self.let_in += not refused
+        self.doubt = max(self.doubt - EXCESS, 0) + refused * math.log(1 + EXCESS / self.noise)
+        if not self.alarm_at:
+            noisy = refused and not self.limit
+            self.noise = max(self.noise + (noisy - self.noise) / 200, QUIET)
+            self.alarm_at = now if self.doubt >= ALARM else 0.0
+
+    def hold(self, wait_s: float, now: float):
+        """Everybody waits in an alarm, as the gateway says, and in an outage, longer each time."""
+        self.failures += 1
+        held_s = max(min(self.failures // OUTAGE, HOLD_MAX_S), wait_s if self.alarm_at else 0)
+        self.next_at = max(self.next_at, now)
+        self.paced_s += max(now + held_s - self.next_at, 0)
+        self.next_at = max(self.next_at, now + held_s)
+
     def resize(self, sign: int, started: float, now: float):
         """A quick answer adds one; a slow one or a time-out halves, once a round trip."""
-        took_s = now - started
+        self.failures, took_s = 0, now - started
         self.fastest_s = min(self.fastest_s, took_s)
         queued_s = took_s - self.fastest_s
         if sign == LET_IN and took_s < TIMEOUT / 2 and queued_s < TIMEOUT / 4:
@@ -333,42 +331,30 @@ class Pacer:
         elif started > self.halved_at and (sign == TIMED_OUT or queued_s > TIMEOUT / 2):
             self.halved_at, self.window = now, max(1.0, self.window / 2)
 
-    def surprise(self, share: float) -> float:
-        """How improbable the row is where this share is usual (Poisson)."""
-        refused, usual = self.row_refused, self.row_sent * share
-        return refused * math.log(refused / usual) - refused + usual if refused > usual else 0.0
+    def rise(self, now: float):
+        """Where others wait for it: by a fifth of the gap to the limit each second."""
+        if self.next_at > now and not self.limit:
+            self.pace += 1
+        elif self.next_at > now and self.doubt <= ALARM / 2:
+            self.pace += max(abs(self.pace - self.limit), self.limit / 200) / self.pace / 5
+            self.limit = max(self.limit, self.pace / 1.2)
+        self.pace = min(self.pace, self.most)
 
-    def rise(self, started: float, now: float):
-        """An answer ends an alarm, or raises the pace where others wait for it."""
-        if self.refused_pace:
-            if started > self.alarm_at:
-                self.judge(now)
-        elif self.next_at > now:
-            if not self.plateau:  # doubles with each round trip
-                self.pace += 1 / max(now - started, 0.001)
-            elif self.surprise(self.noise) <= ALARM / 2:
-                gap = max(abs(self.pace / self.plateau - 1), 0.001)
-                self.pace += 3 / RISE_S * gap ** (2 / 3) * self.plateau / self.pace
-            self.pace = min(self.pace, self.most)
-
-    def judge(self, now: float):
-        """Tells a limit from noise, and sets the pace."""
-        pace, self.refused_pace = self.refused_pace, 0.0
-        let_in, took_s = max(self.sent - self.refused, 1), now - self.since
-        rate = (let_in - 1) / took_s if self.past else 0.0  # first a burst
-        self.past.append((rate, max(QUIET, (self.refused + 1) / (self.refused + let_in + 1))))
-        best, usual = max(rate for rate, _ in self.past), min(share for _, share in self.past)
-        if pace >= CUT * best or self.surprise(usual) >= ALARM / 2:
-            through = pace * (1 - self.row_refused / max(self.row_sent, 1))
-            through = max(through, (let_in + TRUST) / (took_s + TRUST / pace))
-            self.noise = min(usual, self.noise)
-            self.plateau = min(through / (1 - self.noise), pace)
-            self.pace = CUT * self.plateau
+    def judge(self):
+        """Ends an alarm: was it a limit or noise?"""
+        let_in, paced_s = self.let_in, self.paced_s + 0.5
+        share = (self.refused + 1) / (self.refused + let_in + 1)
+        if self.least < 1:  # at first comes a burst
+            self.best = max(let_in / paced_s, 0.98 * self.best)
+        self.least = max(min(1.5 * self.least, share, 0.3), QUIET)
+        if self.pace < self.best and share < 1.7 * self.least:
+            self.noise, self.limit, self.pace = self.least, 0.0, self.best
         else:
-            self.noise, self.plateau = usual, 0.0
-            self.pace = min(best / (1 - usual), self.most)
-        self.since, self.sent, self.refused = now, 0, 0
-        self.row_sent = self.row_refused = 0
+            self.noise = min(self.noise, self.least)
+            kept = (1 - share) * self.limit if CUT * self.pace > self.limit else 0.0
+            self.limit = max((let_in + self.pace / 2) / paced_s, kept)
+            self.pace = CUT * self.limit
+        self.alarm_at = self.doubt = self.let_in = self.refused = self.paced_s = 0
 
 
 # ---- one call ----

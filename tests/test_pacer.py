@@ -337,7 +337,7 @@ def test_a_lone_refusal_holds_its_own_ticket_only():
 def test_a_row_of_refusals_holds_everybody_as_long_as_the_gateway_asks():
     async def run() -> None:
         pacer = Pacer(600, 40)
-        while not pacer.refused_pace:
+        while not pacer.alarm_at:
             pacer.ended(await pacer.turn(), REFUSED, 30.0)
         assert pacer.refusals <= 3
         before = asyncio.get_running_loop().time()
