@@ -335,7 +335,7 @@ class Pacer:
         """Where others wait for it: by a fifth of the gap to the limit each second."""
         if self.next_at > now and not self.limit:
             self.pace += 1
-        elif self.next_at > now and self.doubt <= ALARM / 2:
+        elif self.next_at > now:
             self.pace += max(abs(self.pace - self.limit), self.limit / 200) / self.pace / 5
             self.limit = max(self.limit, self.pace / 1.2)
         self.pace = min(self.pace, self.most)
@@ -346,13 +346,13 @@ class Pacer:
         share = (self.refused + 1) / (self.refused + let_in + 1)
         if self.least < 1:  # at first comes a burst
             self.best = max(let_in / paced_s, 0.98 * self.best)
-        self.least = max(min(1.5 * self.least, share, 0.3), QUIET)
+        self.least = min(1.5 * self.least, share)
         if self.pace < self.best and share < 1.7 * self.least:
             self.noise, self.limit, self.pace = self.least, 0.0, self.best
         else:
-            self.noise = min(self.noise, self.least)
             kept = (1 - share) * self.limit if CUT * self.pace > self.limit else 0.0
-            self.limit = max((let_in + self.pace / 2) / paced_s, kept)
+            floor = min(self.pace, START_PER_S) / 2  # no alarm ends in a crawl
+            self.limit = max((let_in + self.pace / 2) / paced_s, kept, floor)
             self.pace = CUT * self.limit
         self.alarm_at = self.doubt = self.let_in = self.refused = self.paced_s = 0
 
