@@ -1,7 +1,3 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["aiohttp>=3.11,<4", "tqdm>=4.66,<5"]
-# ///
 """Label a CSV of support tickets with a language model: one label a ticket, in labels.jsonl.
 
     export TOKENHUB_KEY=...
@@ -49,7 +45,7 @@ from yarl import URL
 # where to ask, and what
 TOKENHUB_URL = "https://api.sandboxclaw.com/v1/chat/completions"  # $TOKENHUB_URL wins
 MODEL = "deepseek-chat"
-CHINESE_MODEL = None  # such as "qwen2.5-72b-instruct"; None: MODEL for Chinese tickets as well
+CHINESE_MODEL = None  # such as "qwen2.5-72b-instruct"; None: MODEL
 ID_COLUMN = "id"  # of the CSV; upper and lower case are the same
 TEXT_COLUMNS = ("body",)  # several, such as ("subject", "description"), are joined
 LABELS = {  # label: what the model is told about it
@@ -145,7 +141,7 @@ def load_tickets(path: str) -> Iterator[Ticket]:
 
 def column_names(header: list[str]) -> list[str]:
     """In lower case; raises ValueError where one is missing, or there twice."""
-    "".join(header).encode()  # raises UnicodeError for what `surrogateescape` let through
+    "".join(header).encode()  # UnicodeError for what is not UTF-8
     names = [name.strip().casefold() for name in header]
     for name in (*COLUMNS, "label"):
         count = names.count(name)
@@ -196,8 +192,8 @@ def plain(text: str) -> str:
 
 
 @functools.cache
-def label_finder(labels: tuple[str, ...]) -> tuple[re.Pattern, dict[str, str]]:
-    """A pattern for labels as whole words, also behind a "not", and the label for each match."""
+def label_finder(labels: tuple[str, ...]) -> tuple[re.Pattern, dict]:
+    """A pattern for whole words that are labels, also behind a "not"; the label of each match."""
     # East Asian scripts put no space between words: they end a Latin one. "no-other" is one word.
     letter = r"[^\W_\u2e80-\u9fff\uac00-\ud7af]"
     words = [r"[-_\s]*".join(map(re.escape, WORD_GAP.split(plain(label)))) for label in labels]
@@ -208,7 +204,7 @@ def label_finder(labels: tuple[str, ...]) -> tuple[re.Pattern, dict[str, str]]:
 
 
 def normalize_label(reply: str) -> str | None:
-    """The one label that the reply's first line names as whole words; None for none or several."""
+    """The one label that the reply's first line names; None for none or several."""
     if (exact := reply.strip()) in LABELS:
         return exact
     pattern, label_of = label_finder(tuple(LABELS))
@@ -233,8 +229,8 @@ class Pacer:
     """When each request may start: a pace for the gateway's limit, a window for its slowness.
 
     More refused than usual is an alarm: all wait as the gateway says, and the pace becomes what
-    was let through. It rises, at first slowly. Below its best rate a limit refuses nothing: an
-    alarm there, with no more refused than at others, was noise. It is usual until it gets less.
+    was let through. Then it rises. Below its best rate a limit refuses nothing: an alarm there,
+    with no more refused than at others, was noise, and that share is usual from then on.
     """
 
     def __init__(self, rpm: float, concurrency: int):
@@ -267,7 +263,6 @@ class Pacer:
         self.admit()
 
     def admit(self):
-        """Lets start who may; sets the timer."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         while self.waiting and (
@@ -284,7 +279,7 @@ class Pacer:
             self.timer = loop.call_at(self.next_at, self.admit)
 
     def ended(self, started: float, sign: int, retry_after_s: float | None = None) -> float:
-        """Learns from a request; returns how many seconds its ticket should wait."""
+        """Learns from a request; returns how many seconds its ticket waits."""
         now, wait_s = asyncio.get_running_loop().time(), 0.0
         self.in_flight -= 1
         if sign == REFUSED or (sign == FAILED and retry_after_s is not None):
@@ -303,7 +298,7 @@ class Pacer:
         return wait_s
 
     def count(self, refused: bool, now: float):
-        """Raises an alarm; what is usual follows slowly, but a limit's refusals are no noise."""
+        """Raises an alarm; what is usual follows slowly, but a limit's refusals are not."""
         self.refusals += refused
         self.refused += refused
         self.let_in += not refused
@@ -314,11 +309,10 @@ class Pacer:
             self.alarm_at = now if self.doubt >= ALARM else 0.0
 
     def hold(self, wait_s: float, now: float):
-        """Everybody waits in an alarm, as the gateway says, and in an outage, longer each time."""
+        """All wait: in an alarm as the gateway says, in an outage longer each time."""
         self.failures += 1
         held_s = max(min(self.failures // OUTAGE, HOLD_MAX_S), wait_s if self.alarm_at else 0)
-        self.next_at = max(self.next_at, now)
-        self.paced_s += max(now + held_s - self.next_at, 0)
+        self.paced_s += max(now + held_s - max(self.next_at, now), 0)
         self.next_at = max(self.next_at, now + held_s)
 
     def resize(self, sign: int, started: float, now: float):
@@ -341,7 +335,7 @@ class Pacer:
         self.pace = min(self.pace, self.most)
 
     def judge(self):
-        """Ends an alarm: was it a limit or noise?"""
+        """Was an alarm a limit or noise?"""
         let_in, paced_s = self.let_in, self.paced_s + 0.5
         share = (self.refused + 1) / (self.refused + let_in + 1)
         if self.least < 1:  # at first comes a burst
@@ -363,21 +357,20 @@ FREE = {"tokens_in": 0, "tokens_out": 0, "cost_usd": 0.0}
 
 
 def estimated_usage(text: str) -> dict:
-    """About what a ticket costs: 0.3 token a character, 0.6 a Chinese one (DeepSeek API docs)."""
+    """About 0.3 token a character, 0.6 a Chinese one (DeepSeek API docs)."""
     asked = SYSTEM_PROMPT + text
     tokens_in = math.ceil(0.15 * (len(asked) + len(asked.encode())))  # 3 bytes a Chinese one
     return {"tokens_in": tokens_in, "tokens_out": 3, "estimated": True}
 
 
 def most_usage(text: str) -> dict:
-    """What a ticket costs at most: no tokenizer makes more tokens than there are bytes."""
+    """At most: no tokenizer makes more tokens than there are bytes."""
     limits = [EXTRA_BODY.get(name) or 0 for name in ("max_tokens", "max_completion_tokens")]
     tokens_in = len(f"{SYSTEM_PROMPT}{text}".encode()) + 64
     return {"tokens_in": tokens_in, "tokens_out": max(MAX_TOKENS, *limits)}
 
 
 def cost_usd(model: str, usage: dict) -> float | None:
-    """By PRICES; None for a model that has none."""
     if model not in PRICES:
         return None
     cached, (in_usd, out_usd, cached_usd) = usage.get("tokens_cached") or 0, PRICES[model]
@@ -403,7 +396,7 @@ class Outcome:
     def shown(self, text: str) -> str:
         """The longest message that repeats nothing of the ticket."""
         message = next((said for said in self.said if not repeats(said, text)), self.said[-1])
-        return "; ".join(filter(None, (printable(message), self.advice)))
+        return printable(message) + self.advice
 
 
 KEY_GRACE_S = 5.0  # a new key gets 401 for two or three seconds
@@ -411,19 +404,18 @@ MAX_STUCK_S = 300.0
 BUSY = Outcome(MAX_RETRIES, MAX_STUCK_S, FAILED)
 STOP = Outcome(patience_s=0)
 PAID = Outcome(MAX_RETRIES, billed=True)
-CUT_OFF = replace(PAID, retries=1, advice="raise MAX_TOKENS, or turn thinking off (EXTRA_BODY)")
+CUT_OFF = replace(PAID, retries=1, advice="; raise MAX_TOKENS, or turn thinking off (EXTRA_BODY)")
 OUTCOMES = {  # by exception, status and finish_reason; 300, 400 and 500 stand for all of their kind
-    "no connection": BUSY,
     **dict.fromkeys(("connection lost", 504), replace(BUSY, billed=True)),
     "timed out": replace(BUSY, billed=True, sign=TIMED_OUT),
-    300: replace(STOP, advice="the key is not sent there; check TOKENHUB_URL"),
+    300: replace(STOP, advice="; the key is not sent there; check TOKENHUB_URL"),
     400: Outcome(retries=0),
-    401: Outcome(patience_s=KEY_GRACE_S, sign=FAILED, advice="check TOKENHUB_KEY"),
+    401: Outcome(patience_s=KEY_GRACE_S, sign=FAILED, advice="; check TOKENHUB_KEY"),
     402: STOP,
-    **dict.fromkeys((404, 405), replace(STOP, advice="check TOKENHUB_URL and MODEL")),
-    **dict.fromkeys((408, 409, 425, 500), BUSY),
+    **dict.fromkeys((404, 405), replace(STOP, advice="; check TOKENHUB_URL and MODEL")),
+    **dict.fromkeys(("no connection", 408, 409, 425, 500), BUSY),
     429: Outcome(patience_s=MAX_STUCK_S, sign=REFUSED),
-    "parameter": replace(STOP, advice="check EXTRA_BODY"),
+    "parameter": replace(STOP, advice="; check EXTRA_BODY"),
     **dict.fromkeys(("answered", "unreadable", "error", "insufficient_system_resource"), PAID),
     **dict.fromkeys(("stop", "length"), CUT_OFF),  # or empty
     "unfinished": replace(PAID, retries=0),  # content_filter, and any other finish_reason
@@ -497,7 +489,7 @@ def dig(data: object, *keys: str | int) -> object:
     return data
 
 
-def outcome_of(status: int, headers: Mapping[str, str], data: object) -> Outcome:
+def outcome_of(status: int, headers: Mapping, data: object) -> Outcome:
     """What a response means: decided by status, then error.code, then text."""
     error = dig(data, "error")
     if status < 300 and not error:
@@ -513,7 +505,7 @@ def outcome_of(status: int, headers: Mapping[str, str], data: object) -> Outcome
     return outcome_as(kinds[0], said, head, head[:3], wait_s=retry_after_s(headers))
 
 
-def retry_after_s(headers: Mapping[str, str]) -> float | None:
+def retry_after_s(headers: Mapping) -> float | None:
     """Seconds by Retry-After, a number or a date (RFC 9110, 10.2.3)."""
     given = headers.get("retry-after", "")
     with suppress(ValueError):
@@ -528,10 +520,11 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
 def answer_of(data: object) -> Outcome:
     """What a 200 brings: a reply that is complete, or names its label all the same."""
     usage, choice = parse_usage(dig(data, "usage")), dig(data, "choices", 0)
-    finish, content = str(dig(choice, "finish_reason") or "stop"), dig(choice, "message", "content")
-    if not dig(choice, "message") or not isinstance(content, str | None):
-        return outcome_as("unreadable", "200 without choices[0].message.content", usage=usage)
-    text = (content or "").encode(errors="replace").decode()  # half a character cannot be written
+    finish = str(dig(choice, "finish_reason") or "stop")
+    content = dig(choice, "message", "content") or ""
+    if not dig(choice, "message") or not isinstance(content, str):
+        finish, content = "unreadable", ""
+    text = content.encode(errors="replace").decode()  # half a character cannot be written
     reply = text.rpartition("</think>")[2].strip()[:200]
     whole = finish == "stop" or (finish == "length" and normalize_label(reply))
     if reply and whole and not reply.startswith("<think>"):
@@ -542,12 +535,11 @@ def answer_of(data: object) -> Outcome:
 
 
 def parse_usage(usage: object) -> dict | None:
-    """Cached tokens as DeepSeek or OpenAI reports them; None for numbers that make no sense."""
+    """Cached tokens as DeepSeek or OpenAI has them; None for numbers that make no sense."""
     cached = dig(usage, "prompt_tokens_details", "cached_tokens")
     cached = dig(usage, "prompt_cache_hit_tokens") or cached or 0
     sums = dig(usage, "prompt_tokens"), dig(usage, "completion_tokens"), cached
-    sane = all(isinstance(tokens, int) and 0 <= tokens < 10_000_000 for tokens in sums)
-    if sane and cached <= sums[0]:
+    if all(isinstance(n, int) and 0 <= n < 10_000_000 for n in sums) and cached <= sums[0]:
         return {"tokens_in": sums[0], "tokens_out": sums[1], "tokens_cached": cached or None}
     return None
 
@@ -600,7 +592,7 @@ def result_of(asked: dict, text: str, outcome: Outcome) -> dict:
     return asked | paid | {"label": label, "confidence": outcome.confidence, "reply": reply}
 
 
-def identity(path: str) -> tuple[int, ...]:
+def identity(path: str) -> tuple:
     """Which file this is, and how long; nothing where there is none."""
     with suppress(OSError):
         stat = os.stat(path)
@@ -632,14 +624,14 @@ class Journal:
         self.sums = Counter()  # tokens and dollars of both files, labels of the output
 
     def lock(self):
-        """Takes the output for this process."""
+        """For this process alone."""
         try:  # an SQLite transaction is a lock on every system, and ends with the process
             self.connection = sqlite3.connect(self.lock_path, timeout=0, isolation_level=None)
             self.connection.execute("BEGIN EXCLUSIVE")
         except sqlite3.Error as error:
-            raise InputError(f"{self.lock_path}: {error}; is another run at work?")
+            raise InputError(f"{self.lock_path}: {error}: another run?")
 
-    def records(self, path: str) -> Iterator[tuple[int, bytes, dict]]:
+    def records(self, path: str) -> Iterator[tuple]:
         """Number, text and fields of each line."""
         self.torn = False  # the last line has no end
         with suppress(FileNotFoundError), open(path, "rb") as file:
@@ -652,7 +644,7 @@ class Journal:
                         raise InputError(f"{path}:{number}: {error}; delete it")
 
     def load(self):
-        """Reads what was answered, failed and paid, and which tickets have their line."""
+        """Reads what was answered, failed and paid, and which tickets are done."""
         self.ours, ids = identity(self.path), set()
         for _, line, result in self.records(self.backup):
             self.failures[result["digest"]] += result["label"] is None
@@ -669,7 +661,7 @@ class Journal:
         self.stale = len(ids & self.missing.keys())  # lines that no longer fit their ticket
 
     def book(self, line: bytes, result: dict):
-        """Adds what a line cost to the sums, once, and remembers its label."""
+        """Adds up what a line cost, once, and remembers its label."""
         if hash(line) not in self.in_backup:
             for name in NUMBERS:
                 self.sums[name] += result.get(name) or 0
@@ -688,7 +680,6 @@ class Journal:
         self.sums["right"] += self.gold.get(id_) == label
 
     def open(self):
-        """Makes the output ready for new lines, without those that no longer fit."""
         if self.stale or self.torn:
             self.retire()
         self.file = open(self.path, "ab", buffering=0)
@@ -714,7 +705,7 @@ class Journal:
                 sync(new)
             os.chmod(new.name, os.stat(self.path).st_mode)
             if identity(self.path) != self.ours:
-                raise InputError(f"{self.path}: changed while it was read; run again")
+                raise InputError(f"{self.path}: changed meanwhile; run again")
             os.replace(new.name, self.path)
             self.ours = identity(self.path)
 
@@ -744,11 +735,11 @@ BACKOFF_MAX_S = 15.0  # up to this
 MAX_HOLD_S = 600.0  # a gateway that asks for a longer wait ends the run
 MAX_GAP_S = 60.0  # between two requests; what is longer was the machine's sleep
 RECENT, FIRST = 50, 20  # so many last, or first, tickets of a model are judged together
-INTERRUPTED = "interrupted, waiting for what is in flight; press Ctrl-C again to end now"
+INTERRUPTED = "interrupted, waiting for what is in flight; Ctrl-C again ends now"
 
 
 class Run:
-    """What the tickets of one run share, and the rules by which it stops."""
+    """What the tickets of a run share, and the rules by which it stops."""
 
     def __init__(self, job: Namespace, journal: Journal, session: object):
         self.job, self.journal, self.session = job, journal, session
@@ -778,18 +769,18 @@ class Run:
         tries = Counter()
         while sent := await self.send(asked["model"], text):
             outcome, wait_s = sent
-            tries[outcome.retries] += 1  # those of each kind for themselves
+            tries[outcome.retries] += 1  # each kind by itself
             is_last = outcome.reply or tries[outcome.retries] > outcome.retries
             if outcome.billed or is_last:
                 self.keep(result_of(asked, text, outcome))
             if is_last:
                 return self.judge(asked, text, outcome)
             retries = tries.total() - tries[math.inf]
-            backoff_s = min(BACKOFF_S * 2**retries, BACKOFF_MAX_S) if retries else 0.0
+            backoff_s = min(BACKOFF_S * 2**retries, BACKOFF_MAX_S)
             await self.sleep(max(wait_s, backoff_s))  # no jitter: the pacer spaces all requests
 
-    async def send(self, model: str, text: str) -> tuple[Outcome, float] | None:
-        """One request, and how long its ticket waits then; None where the run ends before."""
+    async def send(self, model: str, text: str) -> tuple | None:
+        """What came of a request, and how long to wait; None where the run ends before."""
         most_usd, budget_usd = cost_usd(model, most_usage(text)) or 0.0, self.job.budget_usd
         while not self.stopped:
             started = await self.pacer.turn()
@@ -825,7 +816,7 @@ class Run:
         self.bar.update(result["label"] is not None)
 
     def judge(self, asked: dict, text: str, outcome: Outcome):
-        """Stops the run where a model names a label for too few of its first, or last, tickets."""
+        """Stops the run where a model labels too few of its first, or last, tickets."""
         model, why = asked["model"], "see each `reply`; check SYSTEM_PROMPT, MODEL"
         if not outcome.reply:
             why = outcome.shown(text)
@@ -838,8 +829,8 @@ class Run:
             self.stop(f"{model} named a label for {right} of the last {count} tickets; {why}")
 
 
-def tickets_to_ask(run: Run) -> Iterator[tuple[str, dict]]:
-    """Each text to send, and its line so far, what failed most last; known answers are kept."""
+def tickets_to_ask(run: Run) -> Iterator[tuple]:
+    """Texts to send, each with its line so far, what failed most last; keeps known answers."""
     job, journal = run.job, run.journal
     for failures in sorted({0, *journal.failures.values()}):
         for ticket in load_tickets(job.tickets):
@@ -858,7 +849,7 @@ def tickets_to_ask(run: Run) -> Iterator[tuple[str, dict]]:
                 yield ticket.text, line
 
 
-async def work(run: Run, tickets: Iterator[tuple[str, dict]]):
+async def work(run: Run, tickets: Iterator):
     try:
         for text, asked in tickets:
             await run.label(text, asked)
@@ -880,7 +871,7 @@ def stop_on_signals(run: Run):
 
 
 async def sync_each_second(run: Run):
-    """A power cut costs a second; in a thread, as a busy disk takes its time."""
+    """A power cut costs a second; in a thread, as a disk takes its time."""
     while not run.stopped:
         await asyncio.sleep(1)
         try:
@@ -899,12 +890,11 @@ def client(key: str) -> aiohttp.ClientSession:
 
 
 async def label_tickets(job: Namespace, journal: Journal) -> Run:
-    """Labels what has no label yet, and returns how it went."""
     async with client(job.key) as session, asyncio.TaskGroup() as group:
         run = Run(job, journal, session)
         stop_on_signals(run)
         syncing = group.create_task(sync_each_second(run))
-        for _ in range(2):  # equal tickets are asked once: the others get their line at the end
+        for _ in range(2):  # equal tickets are asked once; the others get their line then
             tickets = tickets_to_ask(run)
             async with asyncio.TaskGroup() as workers:
                 for _ in range(min(job.concurrency, len(journal.missing))):
@@ -921,7 +911,7 @@ def dollars(sums: Counter) -> str:
     return "unpriced" if sums["unpriced"] else f"${sums['cost_usd']:.4f}"
 
 
-def noted(*notes: tuple[float, str]) -> Iterator[str]:
+def noted(*notes: tuple) -> Iterator[str]:
     """The texts whose number is not 0."""
     return (text.replace("#", f"{number}", 1) for number, text in notes if number)
 
@@ -934,25 +924,23 @@ def survey(job: Namespace, journal: Journal) -> Counter:
             why = f"a second ticket with the id {printable(ticket.id)}"
             raise InputError(f"{job.tickets}:{ticket.line}: {why}")
         if number < job.limit:
-            model, usage = pick_model(ticket.text, job), estimated_usage(ticket.text)
+            model = pick_model(ticket.text, job)
             journal.missing[ticket.id] = request_digest(model, ticket.text)
             if ticket.gold:
                 journal.gold[ticket.id] = ticket.gold
             count["cut"] += ticket.is_cut
             if model:
                 count["to_ask"] += 1
-                count["tokens_in"] += usage["tokens_in"]
-                count["cost_usd"] += cost_usd(model, usage) or 0
+                count["cost_usd"] += cost_usd(model, estimated_usage(ticket.text)) or 0
                 count["unpriced"] += model not in PRICES
     return count
 
 
 def plan_of(job: Namespace, journal: Journal, count: Counter) -> str:
-    """What a run would send, cost and take, by the average ticket."""
+    """What a run would send, by the average ticket."""
     done, missing = journal.sums["labelled"], journal.missing
     send = len(set(missing.values()) - journal.answers.keys())
-    share = send / (count["to_ask"] or 1)
-    count["cost_usd"] *= share
+    count["cost_usd"] *= send / (count["to_ask"] or 1)
     notes = noted(
         (done, "# are done"),
         (journal.stale, "replaces # lines, which go to the .bak"),
@@ -961,7 +949,7 @@ def plan_of(job: Namespace, journal: Journal, count: Counter) -> str:
     )
     plan = f"{send} of {done + len(missing)} tickets to send: about {dollars(count)}"
     pace = f"at least {send / job.rpm:.1f} min" if job.rpm else "at the pace that is found"
-    return "; ".join((plan, f"{share * count['tokens_in']:,.0f} tokens in", pace, *notes))
+    return "; ".join((plan, pace, *notes))
 
 
 def report(journal: Journal, run: Run) -> Iterator[str]:
@@ -974,11 +962,11 @@ def report(journal: Journal, run: Run) -> Iterator[str]:
     pace = f"; set RPM to about {60 * pacer.pace:.0f}" * pacer.limit_found
     yield from noted(
         (len(journal.in_backup), "Old or in vain: # requests, see the .bak"),
-        (sums["estimated"], "Estimated: # requests, as the gateway told no tokens"),
+        (sums["estimated"], "Estimated: # requests without `usage`"),
         (sums["large"], "Note: # replies were longer than the tokens asked for"),
         (sums["fallback"], f"Note: # tickets became {FALLBACK!r}: see `reply`"),
         (pacer.refusals, f"Limit: # requests refused{pace}"),
-        (len(journal.missing), "Not labelled: # tickets; run the same command again"),
+        (len(journal.missing), "Not labelled: # tickets; run it again"),
         (sums["judged"], f"Accuracy: {wilson(sums['right'], sums['judged'])} labels by people"),
     )
 
@@ -996,7 +984,7 @@ def wilson(right: int, of: int) -> str:
 
 
 def checked_url(given: str) -> URL:
-    """The endpoint; raises InputError for an address that may not have the key."""
+    """Raises InputError for an address that may not have the key."""
     with suppress(ValueError):
         url = URL(given)
         host = url.host or ""
@@ -1008,7 +996,7 @@ def checked_url(given: str) -> URL:
     raise InputError("TOKENHUB_URL must be https://HOST/..., or http:// on this machine")
 
 
-def conditions(job: Namespace) -> Iterator[tuple[object, str]]:
+def conditions(job: Namespace) -> Iterator[tuple]:
     """What must be true, and what to say where it is not."""
     names = "CONCURRENCY RPM TIMEOUT MAX_RETRIES MAX_TOKENS MAX_CHARS BUDGET_USD"
     for name in names.split():
@@ -1019,20 +1007,20 @@ def conditions(job: Namespace) -> Iterator[tuple[object, str]]:
     found, models = label_finder(tuple(LABELS))[1], {job.model, job.chinese_model or job.model}
     yield FALLBACK in LABELS, f"FALLBACK must be one of LABELS, not {FALLBACK!r}"
     yield "" not in found and len(found) == len(LABELS), "LABELS: one is empty, or there twice"
-    yield job.key or job.dry_run, "set TOKENHUB_KEY; any word for a server that needs none"
-    yield re.fullmatch("[!-~]*", job.key), "TOKENHUB_KEY has characters that no key has"
+    is_key = re.fullmatch("[!-~]+", job.key or "-" * job.dry_run)
+    yield is_key, "set TOKENHUB_KEY, to any word where the server needs none"
     yield all(m and m.isprintable() for m in models), "MODEL is missing, or not UTF-8"
     yield min(job.concurrency, job.limit) > 0, "--concurrency and --limit begin at 1"
     for name in ("CONCURRENCY", "MAX_CHARS"):
         yield isinstance(globals()[name], int), f"{name} must be a whole number"
-    yield job.rpm == 0 or 0.01 <= job.rpm < math.inf, "--rpm must be 0 or at least 0.01"
+    yield 0.01 <= (job.rpm or 1) < math.inf, "--rpm must be 0 or at least 0.01"
     yield job.budget_usd >= 0, "--budget cannot be negative"
     for name in models if 0 < job.budget_usd < math.inf else ():
         yield name in PRICES, f"PRICES lacks {name}; add it, or use --budget 0"
 
 
 def checked_job() -> Namespace:
-    """What options, settings and environment ask for; raises InputError."""
+    """Options, settings and environment; raises InputError."""
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     option = parser.add_argument
     option("tickets", nargs="?", default="tickets.csv", help="a CSV (%(default)s)")
@@ -1060,7 +1048,7 @@ def checked_job() -> Namespace:
 
 
 def label_all(job: Namespace) -> int:
-    """Checks, labels what has no label yet, and reports; returns the exit status."""
+    """Checks, plans, runs and reports; returns the exit status."""
     journal = Journal(job.output)
     if not job.dry_run:
         journal.lock()
@@ -1079,7 +1067,7 @@ def label_all(job: Namespace) -> int:
 
 
 def show(lines: Iterable[str]):
-    """Prints to stdout; where that was closed, the exit status is still the run's."""
+    """Prints to stdout; where that was closed, the exit status stays."""
     try:
         print("\n".join(lines), flush=True)
     except OSError:
@@ -1087,11 +1075,11 @@ def show(lines: Iterable[str]):
 
 
 def main() -> int:
-    """Exit status: 0 every ticket has its label; 1 some have none; 2 not begun; 130 interrupted."""
-    for name in ("stdout", "stderr"):
-        if not getattr(sys, name):  # it was closed, and no file may get its number
-            setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="backslashreplace")
+    """Exit status: 0 all have a label; 1 some have none; 2 not begun; 130 interrupted."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it was closed, and no file may
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # get its number
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     try:
         return label_all(checked_job())
     except OSError as error:

@@ -3,14 +3,13 @@
 import math
 import random
 import re
-import tomllib
 from dataclasses import replace
 from unittest import mock
 
 import pytest
 
 from classify import LABELS
-from tests.conftest import PROGRAM, Desk, Done, numbered
+from tests.conftest import Desk, Done, numbered
 from tests.gateway import Gateway
 from tests.helpers import QUICK, brisk, run_here, summary
 
@@ -37,7 +36,7 @@ async def test_a_dry_run_counts_the_tickets_by_what_becomes_of_them(desk: Desk):
         assert re.search(rf"(?<!\d){count}", shown), count
 
 
-async def test_a_dry_run_estimates_the_tokens_and_the_cost_by_each_models_price(desk: Desk):
+async def test_a_dry_run_estimates_the_cost_by_each_models_price(desk: Desk):
     brisk(desk, CHINESE_MODEL="qwen2.5-72b-instruct")
     desk.write(numbered(50) | {f"c{n}": f"我的发票金额不对，请尽快帮我处理一下，谢谢。{n}" for n in range(20)})
     async with Gateway(QUICK) as gateway:
@@ -45,8 +44,7 @@ async def test_a_dry_run_estimates_the_tokens_and_the_cost_by_each_models_price(
         assert gateway.requests == 0
         done = await desk.run(gateway)
     assert done.status == 0
-    [(usd, tokens)] = re.findall(r"70 of 70 tickets to send: about \$(\d+\.\d+); ([\d,]+) tokens in", shown)
-    assert int(tokens.replace(",", "")) == pytest.approx(sum(x["tokens_in"] for x in done.lines), rel=0.1)
+    [usd] = re.findall(r"70 of 70 tickets to send: about \$(\d+\.\d+)", shown)
     assert float(usd) == pytest.approx(sum(x["cost_usd"] for x in done.lines), rel=0.1)
 
 
@@ -210,14 +208,3 @@ async def test_a_reply_longer_than_was_asked_for_is_said(desk: Desk, tokens_out:
     async with Gateway(replace(QUICK, tokens=(312, tokens_out))) as gateway:
         done = await desk.run(gateway)
     assert ("Note: 2 replies were longer than the tokens asked for" in done.stdout) == said
-
-
-# ---- What the program needs
-
-
-def test_the_script_and_requirements_txt_name_the_same_packages():
-    block = re.search(r"^# /// script\n(.*?)^# ///$", PROGRAM.read_text(encoding="utf-8"), re.M | re.S)
-    script = tomllib.loads(re.sub("^# ?", "", block[1], flags=re.M))
-    listed = (PROGRAM.parent / "requirements.txt").read_text().split()
-    assert sorted(script["dependencies"]) == sorted(listed)
-    assert script["requires-python"] == ">=3.11"
