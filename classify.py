@@ -221,7 +221,7 @@ OUTAGE = 5  # failures in a row hold everybody,
 HOLD_MAX_S = 5.0  # at most
 HOLD_S = 0.8  # of waiting, where there is no Retry-After
 QUIET = 0.0035  # of requests may always be refused
-EXCESS, ALARM = 0.08, 6.0  # so much more is an alarm, at this log likelihood ratio
+EXCESS, ALARM = 0.08, 7.0  # so much more is an alarm, at this log likelihood ratio
 CUT = 0.95  # of the limit is the pace after an alarm
 
 
