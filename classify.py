@@ -219,7 +219,7 @@ LET_IN, REFUSED, FAILED, TIMED_OUT, NOT_SENT = range(5)  # how a request ends
 START_PER_S = 10.0  # where RPM is 0, and at most in an alarm
 OUTAGE = 5  # failures in a row hold everybody,
 HOLD_MAX_S = 5.0  # at most
-HOLD_S = 0.8  # of waiting, where there is no Retry-After
+HOLD_S = 0.8  # where there is no Retry-After
 QUIET = 0.0035  # of requests may always be refused
 EXCESS, ALARM = 0.08, 7.0  # so much more is an alarm, at this log likelihood ratio
 CUT = 0.95  # of the limit is the pace after an alarm
@@ -239,8 +239,8 @@ class Pacer:
         self.limit = self.best = 0.0  # rate let through: last, at best
         self.noise = QUIET  # usual share refused
         self.least = 1.0  # share refused at an alarm
-        self.doubt = 0.0  # whether this is usual
-        self.alarm_at = 0.0  # or 0
+        self.doubt = 0.0  # that this share is usual
+        self.alarm_at = 0.0  # since when, or 0
         self.let_in = self.refused = self.paced_s = 0  # since the last alarm
         self.concurrency, self.window = concurrency, min(4.0, concurrency)
         self.fastest_s, self.halved_at, self.next_at = math.inf, -math.inf, -math.inf
