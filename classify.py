@@ -215,7 +215,7 @@ def normalize_label(reply: str) -> str | None:
 
 # ---- pacing ----
 
-LET_IN, REFUSED, FAILED, TIMED_OUT, NOT_SENT = range(5)  # how a request ends
+LET_IN, REFUSED, FAILED, TIMED_OUT, NOT_SENT = range(5)  # how it ends
 START_PER_S = 10.0  # where RPM is 0, and at most in an alarm
 OUTAGE = 5  # failures in a row hold everybody,
 HOLD_MAX_S = 5.0  # at most
@@ -236,10 +236,10 @@ class Pacer:
     def __init__(self, rpm: float, concurrency: int):
         self.most = 0.99 * rpm / 60 if rpm else math.inf  # clocks differ
         self.pace = self.most if rpm else START_PER_S
-        self.limit = self.best = 0.0  # rate let through: last, at best
+        self.limit = self.best = 0.0  # rates let through, or 0
         self.noise = QUIET  # usual share refused
         self.least = 1.0  # share refused at an alarm
-        self.doubt = 0.0  # that this share is usual
+        self.doubt = 0.0  # CUSUM of refusals
         self.alarm_at = 0.0  # since when, or 0
         self.let_in = self.refused = self.paced_s = 0  # since the last alarm
         self.concurrency, self.window = concurrency, min(4.0, concurrency)
@@ -326,9 +326,9 @@ class Pacer:
             self.halved_at, self.window = now, max(1.0, self.window / 2)
 
     def rise(self, now: float):
-        """Where others wait for it: by a fifth of the gap to the limit each second."""
+        """If others wait for it: by a fifth of the gap to the limit each second."""
         if self.next_at > now and not self.limit:
-            self.pace += 1
+            self.pace += max(1, self.pace / 50)
         elif self.next_at > now:
             self.pace += max(abs(self.pace - self.limit), self.limit / 200) / self.pace / 5
             self.limit = max(self.limit, self.pace / 1.2)
@@ -339,7 +339,7 @@ class Pacer:
         let_in, paced_s = self.let_in, self.paced_s + 0.5
         share = (self.refused + 1) / (self.refused + let_in + 1)
         if self.least < 1:  # at first comes a burst
-            self.best = max(let_in / paced_s, 0.98 * self.best)
+            self.best = max((let_in - 1) / paced_s, 0.98 * self.best)
         self.least = min(1.5 * self.least, share)
         if self.pace < self.best and share < 1.7 * self.least:
             self.noise, self.limit, self.pace = self.least, 0.0, self.best
@@ -816,7 +816,7 @@ class Run:
         self.bar.update(result["label"] is not None)
 
     def judge(self, asked: dict, text: str, outcome: Outcome):
-        """Stops the run where a model labels too few of its first, or last, tickets."""
+        """Tells of a failure; stops the run where a model labels too few tickets."""
         model, why = asked["model"], "see each `reply`; check SYSTEM_PROMPT, MODEL"
         if not outcome.reply:
             why = outcome.shown(text)
@@ -830,11 +830,11 @@ class Run:
 
 
 def tickets_to_ask(run: Run) -> Iterator[tuple]:
-    """Texts to send, each with its line so far, what failed most last; keeps known answers."""
+    """Yields texts to send, fewest failures first; keeps known answers."""
     job, journal = run.job, run.journal
     for failures in sorted({0, *journal.failures.values()}):
         for ticket in load_tickets(job.tickets):
-            if run.stopped or not journal.missing:
+            if not journal.missing:
                 return
             if (digest := journal.missing.get(ticket.id)) is None:
                 continue
@@ -844,7 +844,7 @@ def tickets_to_ask(run: Run) -> Iterator[tuple]:
             line = {"id": ticket.id, "label": label, "model": model, "digest": digest}
             if label:
                 run.keep(line | FREE)
-            elif label is None and journal.failures[digest] == failures:
+            elif label is None and journal.failures[digest] == failures and not run.stopped:
                 journal.answers[digest] = ""
                 yield ticket.text, line
 

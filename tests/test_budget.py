@@ -155,3 +155,12 @@ async def test_the_budget_holds_over_calls_that_were_billed_in_vain(desk: Desk, 
             done = await desk.run(gateway, within_s=30)
     assert done.status == 1
     assert 0.001 < bill_usd(gateway) <= 0.003
+
+
+async def test_equal_tickets_get_the_label_that_was_paid_though_the_budget_is_spent(desk: Desk):
+    text = "There is a charge on my invoice"
+    desk.write({"a": text, "b": "x" * 12_000, "c": text, "d": text})
+    async with Gateway(QUICK) as gateway:
+        done = await desk.run(gateway, "--budget", "0.0005", "--concurrency", "1")
+    assert (done.status, gateway.requests) == (1, 1)
+    assert sorted(done.labels) == ["a", "c", "d"]

@@ -296,6 +296,15 @@ def test_two_clients_share_a_limit():
     assert (one + other) ** 2 / (2 * (one * one + other * other)) >= 0.75
 
 
+@pytest.mark.parametrize("told", [0, 600, 60_000])
+def test_a_very_low_limit_is_not_taken_for_noise(told):
+    """Its rate is known from a few answers at a time; 300 requests or more were refused when that was believed."""
+    trial = tried(World(0.2, told, "bucket of 5"), 300)
+    assert trial.share >= 0.9
+    assert trial.signs[REFUSED] <= 180
+
+
+
 @pytest.mark.parametrize("limit", [5, 10])
 def test_a_limit_that_changes_is_found_again(limit):
     before = 15 - limit
