@@ -304,7 +304,6 @@ def test_a_very_low_limit_is_not_taken_for_noise(told):
     assert trial.signs[REFUSED] <= 180
 
 
-
 @pytest.mark.parametrize("limit", [5, 10])
 def test_a_limit_that_changes_is_found_again(limit):
     before = 15 - limit
