@@ -219,7 +219,7 @@ LET_IN, REFUSED, FAILED, TIMED_OUT, NOT_SENT = range(5)  # how it ends
 START_PER_S = 10.0  # where RPM is 0, and at most in an alarm
 OUTAGE = 5  # failures in a row hold everybody,
 HOLD_MAX_S = 5.0  # at most
-HOLD_S = 0.8  # where there is no Retry-After
+HOLD_S = 0.8  # without a Retry-After
 QUIET = 0.0035  # of requests may always be refused
 EXCESS, ALARM = 0.08, 7.0  # so much more is an alarm, at this log likelihood ratio
 CUT = 0.95  # of the limit is the pace after an alarm
@@ -291,7 +291,7 @@ class Pacer:
         elif sign != NOT_SENT:
             self.resize(sign, started, now)
         if sign == LET_IN and not self.alarm_at:
-            self.rise(now)
+            self.rise(started, now)
         elif sign == LET_IN and started > self.alarm_at:
             self.judge()
         self.admit()
@@ -325,10 +325,10 @@ class Pacer:
         elif started > self.halved_at and (sign == TIMED_OUT or queued_s > TIMEOUT / 2):
             self.halved_at, self.window = now, max(1.0, self.window / 2)
 
-    def rise(self, now: float):
-        """If others wait for it: by a fifth of the gap to the limit each second."""
+    def rise(self, started: float, now: float):
+        """If others wait for it: each second by a fifth of the gap."""
         if self.next_at > now and not self.limit:
-            self.pace += max(1, self.pace / 50)
+            self.pace += max(1, 0.1 / (now - started + 0.001))
         elif self.next_at > now:
             self.pace += max(abs(self.pace - self.limit), self.limit / 200) / self.pace / 5
             self.limit = max(self.limit, self.pace / 1.2)
