@@ -449,12 +449,10 @@ async def post(session: aiohttp.ClientSession, job: Namespace, model: str, text:
     body = {name: value for name, value in body.items() if value is not None}
     try:
         async with session.post(job.url, json=body, allow_redirects=False) as got:
-            try:
-                await got.content.readexactly(1 << 20)
-                data = None  # a megabyte is no answer
-            except asyncio.IncompleteReadError as whole:
-                data = parse_json(whole.partial)
-            return redacted(outcome_of(got.status, got.headers, data), job.key)
+            raw = bytearray()
+            while len(raw) < 1 << 20 and (more := await got.content.readany()):
+                raw += more
+            return redacted(outcome_of(got.status, got.headers, parse_json(raw)), job.key)
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
         return outcome_as("no connection", f"no connection: {error}")
     except TimeoutError:
@@ -474,9 +472,10 @@ def redacted(outcome: Outcome, key: str) -> Outcome:
 
 def parse_json(raw: bytes) -> object:
     """None for what is not JSON, such as HTML, or a megabyte of brackets."""
-    with suppress(ValueError, RecursionError):
+    try:
         return json.loads(raw)
-    return None
+    except (ValueError, RecursionError):
+        return None
 
 
 def dig(data: object, *keys: str | int) -> object:
@@ -546,12 +545,12 @@ def parse_usage(usage: object) -> dict | None:
 
 def probability(choice: object) -> float | None:
     """Of the whole reply, where the gateway says."""
-    with suppress(KeyError, TypeError, ValueError, OverflowError):
-        tokens = dig(choice, "logprobs", "content") or ()
-        logprob = sum(float(token["logprob"]) for token in tokens)
-        if tokens and logprob <= 0:
-            return round(math.exp(logprob), 4)
-    return None
+    tokens = dig(choice, "logprobs", "content") or ()
+    try:
+        logprobs = [float(token["logprob"]) for token in tokens]
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    return round(math.exp(sum(logprobs)), 4) if logprobs and sum(logprobs) <= 0 else None
 
 
 # ---- results ----
@@ -594,10 +593,11 @@ def result_of(asked: dict, text: str, outcome: Outcome) -> dict:
 
 def identity(path: str) -> tuple:
     """Which file this is, and how long; nothing where there is none."""
-    with suppress(OSError):
+    try:
         stat = os.stat(path)
-        return stat.st_ino, stat.st_size
-    return ()
+    except OSError:
+        return ()
+    return stat.st_ino, stat.st_size
 
 
 def sync(file: IO):
@@ -766,16 +766,16 @@ class Run:
 
     async def label(self, text: str, asked: dict):
         """Sends a ticket until it has its line, or has failed."""
-        tries = Counter()
+        tries = []
         while sent := await self.send(asked["model"], text):
             outcome, wait_s = sent
-            tries[outcome.retries] += 1  # each kind by itself
-            is_last = outcome.reply or tries[outcome.retries] > outcome.retries
+            tries.append(outcome.retries)  # each kind by itself
+            is_last = outcome.reply or tries.count(outcome.retries) > outcome.retries
             if outcome.billed or is_last:
                 self.keep(result_of(asked, text, outcome))
             if is_last:
                 return self.judge(asked, text, outcome)
-            retries = tries.total() - tries[math.inf]
+            retries = len(tries) - tries.count(math.inf)
             backoff_s = min(BACKOFF_S * 2**retries, BACKOFF_MAX_S)
             await self.sleep(max(wait_s, backoff_s))  # no jitter: the pacer spaces all requests
 
@@ -824,9 +824,10 @@ class Run:
             self.journal.sums["failed"] += 1
         recent = self.named.setdefault(model, deque(maxlen=RECENT))
         recent.append(bool(normalize_label(outcome.reply)))
-        count, right = len(recent), sum(recent)
-        if not recent[-1] and (2 * right < count == RECENT or (not right and count == FIRST)):
-            self.stop(f"{model} named a label for {right} of the last {count} tickets; {why}")
+        if not recent[-1] and (count := len(recent)) in (FIRST, RECENT):
+            right = sum(recent)
+            if 2 * right < count == RECENT or not right:
+                self.stop(f"{model} named a label for {right} of the last {count} tickets; {why}")
 
 
 def tickets_to_ask(run: Run) -> Iterator[tuple]:
