@@ -139,7 +139,7 @@ def load_tickets(path: str) -> Iterator[Ticket]:
 
 
 def column_names(header: list[str]) -> list[str]:
-    """In lower case; raises ValueError where one is not there once."""
+    """In lower case; raises ValueError unless each stands there once."""
     "".join(header).encode()  # UnicodeError for what is not UTF-8
     names = [name.strip().casefold() for name in header]
     for name in (*COLUMNS, "label"):
@@ -163,7 +163,7 @@ def parse_row(names: list[str], row: list[str], line: int) -> Ticket:
     return Ticket(id_, body[:MAX_CHARS], len(body) > MAX_CHARS, gold, line)
 
 
-CHINESE = re.compile(  # no kana, as Japanese has
+CHINESE = re.compile(  # no kana: Japanese has them
     "(?s)(?!.*[\u3041-\u3096\u30a1-\u30fa\uff66-\uff9f])"
     ".*[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]"
 )
@@ -230,7 +230,7 @@ class Pacer:
     More refused than usual is an alarm: all wait as the gateway says, and the pace becomes what
     was let through. Then it rises. Below its best rate a limit refuses nothing: an alarm there,
     with no more refused than at others, was noise, and that share is usual from then on. Where
-    requests with fewer in flight are let in, the window shrinks instead.
+    requests are refused only among many in flight, the window shrinks.
     """
 
     def __init__(self, rpm: float, concurrency: int):
@@ -242,10 +242,11 @@ class Pacer:
         self.doubt = 0.0  # CUSUM of refusals
         self.alarm_at = 0.0  # since when, or 0
         self.let_in = self.refused = self.paced_s = 0  # since the last alarm
-        self.crowd = math.inf  # fewest in flight where one was refused; since then,
-        self.proof = 0  # let in with fewer, less those with as many
+        self.crowd = math.inf  # fewest in flight when one was refused; since then:
+        self.proof = 0  # let in with fewer, minus with as many
         self.concurrency, self.window = concurrency, min(4.0, concurrency)
-        self.fastest_s, self.kept_to, self.next_at = math.inf, -math.inf, -math.inf
+        self.fastest_s, self.next_at = math.inf, -math.inf
+        self.kept_to = -math.inf  # the window grows after
         self.in_flight = self.refusals = self.failures = 0  # failures in a row
         self.waiting, self.timer, self.stopping = deque(), None, asyncio.Event()
         self.loop = asyncio.get_running_loop()
@@ -255,7 +256,7 @@ class Pacer:
         return self.limit > 0 and self.pace < 0.97 * self.most
 
     async def turn(self) -> tuple:
-        """Waits until a request may start: when, and how many are in flight, for its `ended`."""
+        """Waits for leave to start; returns what `ended` needs: when, how many in flight."""
         turn = self.loop.create_future()
         self.waiting.append(turn)
         self.admit()
@@ -277,7 +278,7 @@ class Pacer:
             self.timer = self.loop.call_at(self.next_at, self.admit)
 
     def ended(self, turn: tuple, sign: int, wait_s: float | None = None) -> float:
-        """Learns from a request and its Retry-After; returns how long its ticket waits."""
+        """Learns from a request; returns how long its ticket waits."""
         now, (started, crowd) = self.loop.time(), turn
         self.in_flight -= 1
         if sign == REFUSED or (sign == FAILED and wait_s is not None):
@@ -324,7 +325,7 @@ class Pacer:
         queued_s = took_s - self.fastest_s
         if sign == LET_IN and took_s < TIMEOUT / 2 and queued_s < TIMEOUT / 4:
             self.window = min(self.window + (now >= self.kept_to), self.concurrency)
-        elif started > self.kept_to and (sign == TIMED_OUT or queued_s > TIMEOUT / 2):
+        elif not started <= self.kept_to <= now and (sign == TIMED_OUT or queued_s > TIMEOUT / 2):
             self.kept_to, self.window = now, max(1.0, self.window / 2)
 
     def rise(self, started: float, now: float):
@@ -337,14 +338,14 @@ class Pacer:
         self.pace = min(self.pace, self.most)
 
     def judge(self, now: float):
-        """Was an alarm a limit in flight, noise, or a limit of the rate?"""
+        """Was it a limit of how many at once, noise, or of the rate?"""
         let_in, paced_s = self.let_in, self.paced_s + 0.5
         share = (self.refused + 1) / (self.refused + let_in + 1)
         if self.least < 1:  # at first comes a burst
             self.best = max((let_in - 1) / paced_s, 0.98 * self.best)
         self.least = min(1.5 * self.least, share)
         if self.proof > self.crowd + 1 and now > self.kept_to:
-            self.kept_to, self.window = now + 60, max(1.0, self.crowd - 1)
+            self.kept_to, self.window = now + 60, min(self.window, self.crowd - 1)
         elif self.pace < self.best and share < 1.7 * self.least:
             self.noise, self.limit, self.pace = self.least, 0.0, self.best
         else:
@@ -385,7 +386,7 @@ def cost_usd(model: str, usage: dict) -> float | None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one request came to, for its ticket, the run, the pace and the bill."""
+    """What one request means for its ticket, the run, the pace and the bill."""
 
     retries: float = math.inf  # then the ticket has failed
     patience_s: float = math.inf  # the run stops after so long with nothing but this
@@ -519,7 +520,7 @@ def retry_after_s(headers: Mapping) -> float | None:
     """Seconds by Retry-After, a number or a date (RFC 9110, 10.2.3)."""
     given = headers.get("retry-after", "")
     with suppress(ValueError, TypeError, OverflowError):
-        if re.fullmatch(r"\s*[\d.]{1,9}\s*", given):
+        if re.fullmatch(r"\s*[\d.]{1,20}\s*", given):
             return float(given)
         sent = headers.get("date") or formatdate(usegmt=True)
         wait = parsedate_to_datetime(given) - parsedate_to_datetime(sent)
@@ -759,8 +760,8 @@ class Run:
         self.before = journal.sums.copy()
         self.reserved = []  # $ at most, of each request in flight
         self.named = {}  # model: was a label named, for its last tickets
-        self.awake_s = 0  # a clock that stands still while the machine sleeps
-        self.trouble_s = {}  # patience: since when nothing better came
+        self.awake_s = 0  # seconds that the machine did not sleep
+        self.trouble_s = {}  # patience: awake_s when trouble began
 
     def stop(self, why: str):
         """No further request starts; what is in flight may finish."""

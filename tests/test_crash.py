@@ -234,6 +234,19 @@ async def test_a_laptop_that_slept_goes_on(desk: Desk, latency_s: float) -> None
         check_complete(await desk.finish(process), numbered(40))
 
 
+async def test_the_hours_of_sleep_are_no_hours_of_failures(desk: Desk) -> None:
+    desk.edit(**SETTINGS | {"MAX_STUCK_S": 3.0, "MAX_RETRIES": 30})
+    desk.write(numbered(10))
+    refused = Fault("status_429_retry", last=6)
+    async with Gateway(Script(rpm=0, latency_s=0.02, retry_after="0.3", faults=(refused,))) as gateway:
+        process = await desk.start(gateway, "--rpm", "0", "--concurrency", "2")
+        await until(lambda: gateway.faulted >= 3)
+        process.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(4)
+        process.send_signal(signal.SIGCONT)
+        check_complete(await desk.finish(process), numbered(10))
+
+
 # ---- signals -------------------------------------------------------------------------------------------
 
 

@@ -309,6 +309,7 @@ FORMS = [
     ({"Retry-After": "0"}, 0),
     ({"Retry-After": " 2 "}, 2),
     ({"Retry-After": "0.25"}, 0.25),
+    ({"Retry-After": "12.345678091049194"}, 12.345678091049194),  # str() of a float
     ({"retry-after": "99999"}, 99999),
     ({"Retry-After": LATER, "Date": NOW}, 30),  # whatever the clock of this machine says
     ({"Retry-After": "Wednesday, 21-Oct-26 07:28:30 GMT", "Date": NOW}, 30),

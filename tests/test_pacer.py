@@ -293,20 +293,53 @@ def test_a_limit_of_requests_in_flight_makes_the_window_not_the_pace(told, most)
     assert trial.refused <= 0.02
 
 
-def test_where_only_the_sixth_in_flight_is_refused_the_window_is_five_for_a_minute():
+async def refuse_the_last_of(pacer: Pacer, in_flight: int) -> None:
+    """Until the alarm is judged."""
+    while not pacer.alarm_at:
+        pacer.window, pacer.noise = in_flight, classify.QUIET
+        *others, last = [await pacer.turn() for _ in range(in_flight)]
+        for turn in others:
+            pacer.ended(turn, LET_IN)
+        pacer.ended(last, REFUSED, 1.0)
+    pacer.ended(await pacer.turn(), LET_IN)
+    assert not pacer.alarm_at
+
+
+def test_where_only_the_last_in_flight_is_refused_the_window_is_smaller_for_a_minute():
     async def run() -> None:
         pacer = Pacer(60_000, 40)
-        pacer.window, pace = 6, pacer.pace
-        while not pacer.alarm_at:
-            *five, sixth = [await pacer.turn() for _ in range(6)]
-            for turn in five:
-                pacer.ended(turn, LET_IN)
-            pacer.ended(sixth, REFUSED, 1.0)
-            pacer.window = 6
-        for wait_s, window in ((0, 5), (59, 5), (2, 6)):
-            await asyncio.sleep(wait_s)
-            pacer.ended(await pacer.turn(), LET_IN)
-            assert (pacer.window, pacer.pace) == (window, pace)
+        pace = pacer.pace
+        for in_flight in (6, 9):
+            await refuse_the_last_of(pacer, in_flight)
+            for wait_s, window in ((0, in_flight - 1), (59, in_flight - 1), (2, in_flight)):
+                await asyncio.sleep(wait_s)
+                pacer.ended(await pacer.turn(), LET_IN)
+                assert (pacer.window, pacer.pace) == (window, pace)
+
+    in_virtual_time(run())
+
+
+def test_where_that_happens_again_at_once_it_was_the_pace():
+    async def run() -> None:
+        pacer = Pacer(60_000, 40)
+        await refuse_the_last_of(pacer, 6)
+        pace = pacer.pace
+        await refuse_the_last_of(pacer, 5)
+        assert pacer.window == 5
+        assert pacer.pace < pace
+
+    in_virtual_time(run())
+
+
+def test_a_time_out_halves_a_window_that_is_kept():
+    async def run() -> None:
+        pacer = Pacer(60_000, 40)
+        await refuse_the_last_of(pacer, 9)
+        turns = [await pacer.turn() for _ in range(8)]
+        await asyncio.sleep(10)
+        for turn in turns:
+            pacer.ended(turn, TIMED_OUT)
+        assert pacer.window == 4
 
     in_virtual_time(run())
 

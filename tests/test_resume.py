@@ -269,7 +269,10 @@ async def test_an_output_that_is_changed_during_the_run_stops_it_and_no_answer_i
         assert "stopped: " in done.stderr
         assert ".bak" in done.stderr
         assert 20 <= gateway.requests <= 32
-        assert (desk.output.read_bytes() if desk.output.exists() else b"") == left or "lock" in str(change)
+        now = desk.output.read_bytes() if desk.output.exists() else b""
+        assert now.startswith(left)
+        late = now.count(b"\n") - left.count(b"\n")  # one may fall between the look at the file and the write
+        assert late <= 1 or "lock" in str(change)
         desk.output.write_bytes(b"".join(left.splitlines(keepends=True)[:1]))  # the rest was lost by the editor
         again = await desk.run(gateway)
     assert (again.status, len(again.labels)) == (0, 60)

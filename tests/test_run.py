@@ -78,6 +78,7 @@ async def test_a_request_carries_the_model_the_settings_and_the_key(desk: Desk):
     del body["messages"]
     assert body == {"model": "deepseek-chat", "max_tokens": 7, "temperature": 0, "thinking": {"type": "disabled"}}
     assert headers["Authorization"] == f"Bearer {KEY}"
+    assert headers["Content-Type"] == "application/json"
 
 
 async def test_no_more_than_concurrency_are_in_flight(desk: Desk):
