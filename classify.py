@@ -1,7 +1,7 @@
 """Label a CSV of support tickets with a language model: one label a ticket, in labels.jsonl.
 
     export TOKENHUB_KEY=...
-    python classify.py        # reads tickets.csv; --dry-run shows the cost, --help the options
+    python classify.py        # reads tickets.csv; --help shows the options
 
 A ticket without an answer gets no line, and is sent next time.
 
@@ -193,7 +193,7 @@ def plain(text: str) -> str:
 @cache
 def label_finder(labels: tuple[str, ...]) -> tuple[re.Pattern, dict]:
     """A pattern for whole words that are labels, also behind a "not"; the label of each match."""
-    # East Asian scripts put no space between words: they end a Latin one. "no-other" is one word.
+    # East Asian scripts put no space between words. "no-other" is one word.
     letter = r"[^\W_\u2e80-\u9fff\uac00-\ud7af]"
     words = [r"[-_\s]*".join(map(re.escape, WORD_GAP.split(plain(label)))) for label in labels]
     label = "|".join(sorted(words, key=len, reverse=True))  # "not spam" before "spam"
@@ -381,19 +381,26 @@ def cost_usd(model: str, usage: dict) -> float | None:
         return None
     cached, (in_usd, out_usd, cached_usd) = usage.get("tokens_cached") or 0, PRICES[model]
     usd = (usage["tokens_in"] - cached) * in_usd + cached * cached_usd
-    return round((usd + usage["tokens_out"] * out_usd) / 1e6, 12)
+    return round((usd + usage["tokens_out"] * out_usd) * 1e6) / 1e12
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What one request means for its ticket, the run, the pace and the bill."""
+class Meaning:
+    """Of an outcome, for its ticket, the run, the pace and the bill."""
 
     retries: float = math.inf  # then the ticket has failed
     patience_s: float = math.inf  # the run stops after so long with nothing but this
     sign: int = LET_IN
     billed: bool = False  # surely or perhaps
     advice: str = ""
-    said: tuple[str, ...] = ()  # the whole message, then shorter forms
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one request."""
+
+    means: Meaning
+    said: tuple[str, ...]  # the whole message, then shorter forms
     usage: dict | None = None  # where the gateway told
     reply: str = ""  # a complete one
     confidence: float | None = None
@@ -402,25 +409,25 @@ class Outcome:
     def shown(self, text: str) -> str:
         """The longest message that repeats nothing of the ticket."""
         message = next((said for said in self.said if not repeats(said, text)), self.said[-1])
-        return printable(message) + self.advice
+        return printable(message) + self.means.advice
 
 
 KEY_GRACE_S = 5.0  # a new key gets 401 for two or three seconds
 MAX_STUCK_S = 300.0
-BUSY = Outcome(MAX_RETRIES, MAX_STUCK_S, FAILED)
-STOP = Outcome(patience_s=0)
-PAID = Outcome(MAX_RETRIES, billed=True)
+BUSY = Meaning(MAX_RETRIES, MAX_STUCK_S, FAILED)
+STOP = Meaning(patience_s=0)
+PAID = Meaning(MAX_RETRIES, billed=True)
 CUT_OFF = replace(PAID, retries=1, advice="; raise MAX_TOKENS, or turn thinking off (EXTRA_BODY)")
 OUTCOMES = {  # by exception, status, finish_reason; 300, 400 and 500 stand for all of their kind
     **dict.fromkeys(("connection lost", 504), replace(BUSY, billed=True)),
     "timed out": replace(BUSY, billed=True, sign=TIMED_OUT),
     300: replace(STOP, advice="; the key is not sent there; check TOKENHUB_URL"),
-    400: Outcome(retries=0),
-    401: Outcome(patience_s=KEY_GRACE_S, sign=FAILED, advice="; check TOKENHUB_KEY"),
+    400: Meaning(retries=0),
+    401: Meaning(patience_s=KEY_GRACE_S, sign=FAILED, advice="; check TOKENHUB_KEY"),
     402: STOP,
     **dict.fromkeys((404, 405), replace(STOP, advice="; check TOKENHUB_URL and MODEL")),
     **dict.fromkeys(("no connection", 408, 409, 425, 500), BUSY),
-    429: Outcome(patience_s=MAX_STUCK_S, sign=REFUSED),
+    429: Meaning(patience_s=MAX_STUCK_S, sign=REFUSED),
     "parameter": replace(STOP, advice="; check EXTRA_BODY"),
     **dict.fromkeys(("answered", "unreadable", "error", "insufficient_system_resource"), PAID),
     **dict.fromkeys(("stop", "length"), CUT_OFF),  # or empty
@@ -432,10 +439,6 @@ KINDS = {  # by status, codes and message, where they say more
     r"^429.*(insufficient (balance|quota)|exceeded your current quota)": 402,
     r"^400[^:]*: un(supported|known|recognized) (parameter|value|request)": "parameter",
 }
-
-
-def outcome_as(kind: int | str, *said: str, **more: object) -> Outcome:
-    return Outcome(**vars(OUTCOMES[kind]) | more | {"said": said})
 
 
 PROMPT_HASH = hashlib.blake2b(ascii((SYSTEM_PROMPT, EXTRA_BODY)).encode()).digest()
@@ -466,11 +469,12 @@ async def post(session: aiohttp.ClientSession, job: Namespace, model: str, text:
                 raw += more
             return redacted(outcome_of(got.status, got.headers, parse_json(raw)), job.key)
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-        return outcome_as("no connection", f"no connection: {error}")
+        kind, why = "no connection", f"{error}"
     except TimeoutError:
-        return outcome_as("timed out", f"no answer within {TIMEOUT} s")
+        kind, why = "timed out", f"no answer within {TIMEOUT} s"
     except (aiohttp.ClientError, OSError) as error:
-        return outcome_as("connection lost", f"connection lost: {error}")
+        kind, why = "connection lost", f"{error}"
+    return Outcome(OUTCOMES[kind], (f"{kind}: {why}",))
 
 
 def redacted(outcome: Outcome, key: str) -> Outcome:
@@ -485,18 +489,16 @@ def redacted(outcome: Outcome, key: str) -> Outcome:
 def parse_json(raw: bytes) -> object:
     """None for what is no JSON, such as HTML, or brackets without end."""
     try:
-        return json.loads(raw)
+        return json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return None
 
 
-def dig(data: object, *keys: str | int) -> object:
-    """What stands there in the JSON, or None."""
-    try:
-        for key in keys:
-            data = data[key]
-    except (LookupError, TypeError):
-        return None
+def dig(data: object, *keys: str) -> object:
+    """What stands there in the JSON, of a list in its first item, or None."""
+    for key in keys:
+        data = data[0] if data and isinstance(data, list) else data
+        data = data.get(key) if isinstance(data, dict) else None
     return data
 
 
@@ -513,7 +515,7 @@ def outcome_of(status: int, headers: Mapping, data: object) -> Outcome:
     if status < 300:  # an error in the body of a 200
         status = int(codes[0]) if codes and re.fullmatch("[345][0-9][0-9]", codes[0]) else 500
     kinds += [kind for kind in (status, status // 100 * 100, 500) if kind in OUTCOMES]
-    return outcome_as(kinds[0], said, head, head[:3], wait_s=retry_after_s(headers))
+    return Outcome(OUTCOMES[kinds[0]], (said, head, head[:3]), wait_s=retry_after_s(headers))
 
 
 def retry_after_s(headers: Mapping) -> float | None:
@@ -530,7 +532,7 @@ def retry_after_s(headers: Mapping) -> float | None:
 
 def answer_of(data: object) -> Outcome:
     """What a 200 brings: a reply that is complete, or names its label all the same."""
-    usage, choice = parse_usage(dig(data, "usage")), dig(data, "choices", 0)
+    usage, choice = parse_usage(dig(data, "usage")), dig(data, "choices")
     finish = str(dig(choice, "finish_reason") or "stop")
     content = dig(choice, "message", "content") or ""
     if not dig(choice, "message") or not isinstance(content, str):
@@ -539,10 +541,10 @@ def answer_of(data: object) -> Outcome:
     reply = text.rpartition("</think>")[2].strip()[:200]
     whole = finish == "stop" or (finish == "length" and normalize_label(reply))
     if reply and whole and not reply.startswith("<think>"):
-        return outcome_as("answered", usage=usage, reply=reply, confidence=probability(choice))
+        return Outcome(OUTCOMES["answered"], (), usage, reply, probability(choice))
     kind = finish if OUTCOMES.get(finish) in (PAID, CUT_OFF) else "unfinished"
     why = "200 without a complete answer"
-    return outcome_as(kind, f"{why}: finish_reason {finish}", why, usage=usage)
+    return Outcome(OUTCOMES[kind], (f"{why}: finish_reason {finish}", why), usage)
 
 
 def parse_usage(usage: object) -> dict | None:
@@ -595,7 +597,7 @@ def line_of(result: dict) -> bytes:
 def result_of(asked: dict, text: str, outcome: Outcome) -> dict:
     """What came of one request; a reply without a label stands beside FALLBACK."""
     usage = outcome.usage or estimated_usage(text)
-    paid = usage | {"cost_usd": cost_usd(asked["model"], usage)} if outcome.billed else FREE
+    paid = usage | {"cost_usd": cost_usd(asked["model"], usage)} if outcome.means.billed else FREE
     if not outcome.reply:  # the time, so that no two failures are one line
         return asked | paid | {"error": outcome.said[0][:2000], "at": f"{datetime.now(UTC)}"}
     label = normalize_label(outcome.reply) or FALLBACK
@@ -670,7 +672,7 @@ class Journal:
             self.book(line, result)
             if self.missing.get(id_) == result["digest"] and result["label"] in LABELS:
                 self.count(result)
-        self.stale = len(ids & self.missing.keys())  # lines that no longer fit their ticket
+        self.stale = len(ids & self.missing.keys())  # lines that no longer fit
 
     def book(self, line: bytes, result: dict):
         """Adds up what a line cost, once, and remembers its label."""
@@ -698,7 +700,7 @@ class Journal:
         self.ours = self.ours or identity(self.path)
 
     def put_aside(self, line: bytes, backup):
-        """Adds to the .bak what does not stand there yet."""
+        """Adds to the .bak what is not there yet."""
         if hash(line) not in self.in_backup:
             self.in_backup.add(hash(line))
             backup.write(b"\n" + line + b"\n")  # the line before it may be half a one
@@ -725,7 +727,7 @@ class Journal:
         """Writes one line; raises InputError where labels.jsonl is no longer ours."""
         line = line_of(result)
         self.book(line, result)
-        ours = self.ours == identity(self.path) and os.path.exists(self.lock_path)
+        ours = self.ours == identity(self.path)
         if result["label"] is None or not ours:
             with open(self.backup, "ab") as backup:
                 self.put_aside(line, backup)
@@ -737,7 +739,7 @@ class Journal:
             self.ours = self.ours[0], self.ours[1] + len(line) + 1
             self.count(result)
         if not ours:
-            raise InputError(f"{self.path} or .lock was changed; see the .bak")
+            raise InputError(f"{self.path} was changed; see the .bak")
 
 
 # ---- run ----
@@ -760,7 +762,7 @@ class Run:
         self.before = journal.sums.copy()
         self.reserved = []  # $ at most, of each request in flight
         self.named = {}  # model: was a label named, for its last tickets
-        self.awake_s = 0  # seconds that the machine did not sleep
+        self.awake_s = 0  # seconds that the machine was awake
         self.trouble_s = {}  # patience: awake_s when trouble began
 
     def stop(self, why: str):
@@ -780,9 +782,9 @@ class Run:
         tries = []
         while sent := await self.send(asked["model"], text):
             outcome, wait_s = sent
-            tries.append(outcome.retries)  # each kind by itself
-            is_last = outcome.reply or tries.count(outcome.retries) > outcome.retries
-            if outcome.billed or is_last:
+            tries.append(retries := outcome.means.retries)  # each kind by itself
+            is_last = outcome.reply or tries.count(retries) > retries
+            if outcome.means.billed or is_last:
                 self.keep(result_of(asked, text, outcome))
             if is_last:
                 return self.judge(asked, text, outcome)
@@ -800,7 +802,7 @@ class Run:
                 outcome = await post(self.session, self.job, model, text)
                 self.reserved.remove(most_usd)
                 self.watch(outcome, text)
-                return outcome, self.pacer.ended(turn, outcome.sign, outcome.wait_s)
+                return outcome, self.pacer.ended(turn, outcome.means.sign, outcome.wait_s)
             self.pacer.ended(turn, NOT_SENT)
             if not self.reserved:
                 self.stop(f"the budget of ${budget_usd:.2f} has no room for another ticket")
@@ -812,7 +814,7 @@ class Run:
         if (outcome.wait_s or 0) > MAX_HOLD_S:
             self.stop(f"{outcome.shown(text)}; it asks to wait for {outcome.wait_s:.0f} s")
         for most_s in (0, KEY_GRACE_S, MAX_STUCK_S):
-            if outcome.patience_s > most_s:
+            if outcome.means.patience_s > most_s:
                 self.trouble_s.pop(most_s, None)
             elif self.awake_s - self.trouble_s.setdefault(most_s, self.awake_s) >= most_s:
                 why = f"; nothing better for {most_s:.0f} s" if most_s else ""
@@ -884,6 +886,7 @@ async def sync_each_second(run: Run):
         run.awake_s += 1
         try:
             await asyncio.to_thread(sync, run.journal.file)
+            os.stat(run.journal.lock_path)  # or another run begins
         except OSError as error:
             run.stop(f"cannot write: {error}")
 
@@ -1035,7 +1038,7 @@ def checked_job() -> Namespace:
     option("--rpm", type=float, default=RPM, help="requests a minute, 0: no limit (%(default)s)")
     usd = "for all runs together, 0: no limit (%(default)s)"
     option("--budget", dest="budget_usd", type=float, default=BUDGET_USD, metavar="USD", help=usd)
-    option("--limit", type=int, default=sys.maxsize, help="the first so many tickets only")
+    option("--limit", type=int, default=sys.maxsize, help="the first tickets only")
     option("--dry-run", action="store_true", help="send nothing; show what a run would cost")
     job = parser.parse_args()
     job.key = os.environ.get("TOKENHUB_KEY", "").strip()

@@ -170,11 +170,16 @@ def test_a_very_long_error_is_cut_before_it_is_looked_at():
     assert max(map(len, said)) < 5000, "to compare a megabyte with its ticket took seconds"
 
 
+def test_an_error_that_stands_in_a_list_is_read():
+    got = classify.outcome_of(400, {}, [{"error": {"code": 400, "message": "API key not valid"}}])
+    assert got.said[0] == "400 400: API key not valid"
+
+
 @pytest.mark.parametrize(
     ("code", "message"), [("x", "billing_address wrong in ticket"), ("content_filter", "unsupported_file it says")]
 )
 def test_words_of_a_message_are_no_code(code: str, message: str):
-    assert classify.outcome_of(400, {}, {"error": {"code": code, "message": message}}).patience_s > 0
+    assert classify.outcome_of(400, {}, {"error": {"code": code, "message": message}}).means.patience_s > 0
 
 
 @pytest.mark.parametrize(
