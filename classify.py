@@ -241,7 +241,7 @@ class Pacer:
         self.least = 1.0  # share refused at an alarm
         self.doubt = 0.0  # CUSUM of refusals
         self.alarm_at = 0.0  # since when, or 0
-        self.let_in = self.refused = self.paced_s = 0  # since the last alarm
+        self.let_in = self.refused = self.paced_s = 0  # since the last alarm, and 1/8 of before
         self.crowd = math.inf  # fewest in flight when one was refused; since then:
         self.proof = 0  # let in with fewer, minus with as many
         self.concurrency, self.window = concurrency, min(4.0, concurrency)
@@ -353,7 +353,10 @@ class Pacer:
             floor = min(self.pace, START_PER_S) / 2  # no alarm ends in a crawl
             self.limit = max((let_in + self.pace / 2) / paced_s, kept, floor)
             self.pace = CUT * self.limit
-        self.alarm_at = self.doubt = self.let_in = self.refused = self.paced_s = self.proof = 0
+        self.alarm_at = self.doubt = self.proof = 0
+        self.let_in /= 8
+        self.refused /= 8
+        self.paced_s /= 8
         self.crowd = math.inf
 
 
@@ -1037,9 +1040,9 @@ def checked_job() -> Namespace:
     option("--concurrency", type=int, default=CONCURRENCY, help="requests in flight (%(default)s)")
     option("--rpm", type=float, default=RPM, help="requests a minute, 0: no limit (%(default)s)")
     usd = "for all runs together, 0: no limit (%(default)s)"
-    option("--budget", dest="budget_usd", type=float, default=BUDGET_USD, metavar="USD", help=usd)
+    option("--budget", dest="budget_usd", type=float, default=BUDGET_USD, help=usd)
     option("--limit", type=int, default=sys.maxsize, help="the first tickets only")
-    option("--dry-run", action="store_true", help="send nothing; show what a run would cost")
+    option("--dry-run", action="store_true", help="show what a run would cost")
     job = parser.parse_args()
     job.key = os.environ.get("TOKENHUB_KEY", "").strip()
     job.chinese_model = None if job.model else CHINESE_MODEL
@@ -1056,7 +1059,7 @@ def checked_job() -> Namespace:
 
 
 def label_all(job: Namespace) -> int:
-    """Checks, plans, runs and reports; returns the exit status."""
+    """Checks, plans, runs and reports."""
     journal = Journal(job.output)
     if not job.dry_run:
         journal.lock()

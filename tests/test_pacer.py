@@ -366,6 +366,12 @@ def test_a_limit_that_changes_is_found_again(limit):
     assert trial.rate(390, 450) >= 0.85 * limit
 
 
+def test_what_was_let_through_before_an_alarm_is_not_forgotten():
+    """A window of 60 s lets through what it forgets: an alarm soon after another would take that for the limit."""
+    trials = [tried(World(10, 1200, "sliding 60 s", change=(300, 5)), 3500, seed) for seed in range(100, 104)]
+    assert min(trial.rate(360, 420) for trial in trials) > 4
+
+
 def test_an_outage_costs_few_requests_and_little_time_after_it():
     trial = tried(World(10, outage=(60, 180)), 2400)
     assert trial.signs[FAILED] <= 100
