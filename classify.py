@@ -3,7 +3,7 @@
     export TOKENHUB_KEY=...
     python classify.py        # reads tickets.csv; --help shows the options
 
-A ticket without an answer gets no line, and is sent next time.
+Who calls whom:
 
     label_all       start here, at the end: check, plan, run, report
     survey          load_tickets (the CSV); then Journal.load (labels.jsonl) says what is done
@@ -45,7 +45,7 @@ from yarl import URL
 TOKENHUB_URL = "https://api.sandboxclaw.com/v1/chat/completions"  # $TOKENHUB_URL wins
 MODEL = "deepseek-chat"
 CHINESE_MODEL = None  # such as "qwen2.5-72b-instruct"; None: MODEL
-ID_COLUMN = "id"  # of the CSV; upper and lower case are the same
+ID_COLUMN = "id"  # of the CSV; case does not matter
 TEXT_COLUMNS = ("body",)  # several, such as ("subject", "description"), are joined
 LABELS = {  # label: what the model is told about it
     "billing": "charges, refunds, invoices, payment methods, prices and plans",
@@ -55,7 +55,7 @@ LABELS = {  # label: what the model is told about it
     "other": "anything else: spam, thanks, applications, mail that is not for support",
 }
 FALLBACK = "other"  # for empty tickets, and replies without a label
-SYSTEM_PROMPT = (  # the same for all, so that the provider's prefix cache can serve it
+SYSTEM_PROMPT = (  # the same for all: the provider's prefix cache serves it
     "You sort support tickets. Answer with exactly one of these labels, as it is written, "
     "and nothing else.\n\n"
     + "\n".join(f"{label}: {meaning}" for label, meaning in LABELS.items())
@@ -150,6 +150,7 @@ def column_names(header: list[str]) -> list[str]:
 
 
 def parse_row(names: list[str], row: list[str], line: int) -> Ticket:
+    """Raises ValueError for what is no ticket."""
     "".join(row).encode()
     if any(row[len(names) :]):
         raise ValueError("more fields than columns; text with commas needs quotes")
@@ -350,7 +351,7 @@ class Pacer:
             self.noise, self.limit, self.pace = self.least, 0.0, self.best
         else:
             kept = (1 - share) * self.limit * (CUT * self.pace > self.limit)
-            floor = min(self.pace, START_PER_S) / 2  # no alarm ends in a crawl
+            floor = min(self.pace, START_PER_S) / 2  # an alarm at most halves it
             self.limit = max((let_in + self.pace / 2) / paced_s, kept, floor)
             self.pace = CUT * self.limit
         self.alarm_at = self.doubt = self.proof = 0
@@ -380,6 +381,7 @@ def most_usage(text: str) -> dict:
 
 
 def cost_usd(model: str, usage: dict) -> float | None:
+    """None without a price."""
     if model not in PRICES:
         return None
     cached, (in_usd, out_usd, cached_usd) = usage.get("tokens_cached") or 0, PRICES[model]
@@ -442,7 +444,6 @@ KINDS = {  # by status, codes and message, where they say more
     r"^429.*(insufficient (balance|quota)|exceeded your current quota)": 402,
     r"^400[^:]*: un(supported|known|recognized) (parameter|value|request)": "parameter",
 }
-
 
 PROMPT_HASH = hashlib.blake2b(ascii((SYSTEM_PROMPT, EXTRA_BODY)).encode()).digest()
 
@@ -749,7 +750,7 @@ class Journal:
 
 BACKOFF_S = 0.25  # doubled with each retry,
 BACKOFF_MAX_S = 15.0  # up to this
-MAX_HOLD_S = 600.0  # a gateway that asks for a longer wait ends the run
+MAX_HOLD_S = 600.0  # a longer Retry-After ends the run
 RECENT, FIRST = 50, 20  # last, or first, tickets of a model are judged together
 INTERRUPTED = "interrupted, waiting for what is in flight; Ctrl-C again ends now"
 
@@ -828,7 +829,7 @@ class Run:
         self.bar.update(result["label"] is not None)
 
     def judge(self, asked: dict, text: str, outcome: Outcome):
-        """Tells of a failure; stops the run where a model labels too few tickets."""
+        """Reports a failure; stops the run where a model labels too few tickets."""
         model, why = asked["model"], "see each `reply`; check SYSTEM_PROMPT, MODEL"
         if not outcome.reply:
             why = outcome.shown(text)
@@ -870,10 +871,11 @@ async def work(run: Run, tickets: Iterator):
 
 
 def stop_on_signals(run: Run):
-    """The first Ctrl-C or SIGTERM ends the run in order, the second one at once."""
+    """The first Ctrl-C or SIGTERM ends the run in order, the second at once."""
     loop, signals = asyncio.get_running_loop(), itertools.count()
 
-    def interrupted(*_: object):  # perhaps amid a write: prints nothing
+    def interrupted(*_: object):
+        """Perhaps amid a write: prints nothing."""
         if next(signals) or loop.is_closed():
             os._exit(130)
         loop.call_soon_threadsafe(run.stop, INTERRUPTED)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from classify import PRICES
+from classify import PRICES, cost_usd
 from tests.conftest import Desk, numbered
 from tests.gateway import Fault, Gateway
 from tests.helpers import QUICK, brisk, summary
@@ -164,3 +164,9 @@ async def test_equal_tickets_get_the_label_that_was_paid_though_the_budget_is_sp
         done = await desk.run(gateway, "--budget", "0.0005", "--concurrency", "1")
     assert (done.status, gateway.requests) == (1, 1)
     assert sorted(done.labels) == ["a", "c", "d"]
+
+
+def test_the_cost_of_one_token_keeps_its_digits(monkeypatch):
+    monkeypatch.setitem(PRICES, "cheap", (0.0375, 0.1, 0.0))
+    assert cost_usd("cheap", {"tokens_in": 1, "tokens_out": 0}) == 3.75e-08
+    assert cost_usd("cheap", {"tokens_in": 3, "tokens_out": 3}) == 4.125e-07  # not 4.1250000000000003e-07

@@ -335,6 +335,12 @@ async def test_a_last_line_without_its_newline_is_kept(done_desk: Desk, five_lab
     assert b"\n\n" not in done.output.read_bytes()
 
 
+def test_an_output_that_an_editor_saved_with_a_bom_is_understood(done_desk: Desk, five_labels):
+    done_desk.output.write_bytes(b"\xef\xbb\xbf" + five_labels)
+    done = run_here(done_desk)
+    assert (done.status, done.output.read_bytes()) == (0, b"\xef\xbb\xbf" + five_labels)
+
+
 def test_blank_lines_and_windows_line_ends_are_understood(done_desk: Desk, five_labels):
     content = b"\n" + five_labels.replace(b"\n", b"\r\n\r\n") + b"  \n"
     done_desk.output.write_bytes(content)
