@@ -242,7 +242,7 @@ class Pacer:
         self.least = 1.0  # share refused at an alarm
         self.doubt = 0.0  # CUSUM of refusals
         self.alarm_at = 0.0  # since when, or 0
-        self.let_in = self.refused = self.paced_s = 0  # since the last alarm, and 1/8 of before
+        self.let_in = self.refused = self.paced_s = 0  # since an alarm, and 1/8 of before
         self.crowd = math.inf  # fewest in flight when one was refused; since then:
         self.proof = 0  # let in with fewer, minus with as many
         self.concurrency, self.window = concurrency, min(4.0, concurrency)
@@ -298,7 +298,7 @@ class Pacer:
         return wait_s or 0
 
     def count(self, refused: bool, crowd: int, now: float):
-        """Raises an alarm; what is usual follows slowly, but a limit's refusals are not."""
+        """Raises an alarm; what is usual follows where no limit is known."""
         if refused and crowd < self.crowd:
             self.crowd, self.proof = crowd, 0
         elif not refused:
@@ -330,9 +330,9 @@ class Pacer:
             self.kept_to, self.window = now, max(1.0, self.window / 2)
 
     def rise(self, started: float, now: float):
-        """If others wait for it: each second by a fifth of the gap."""
+        """If others wait: by a fifth of the gap a second, or a 25th an answer."""
         if self.next_at > now and self.limit:
-            self.pace += max(abs(self.pace - self.limit), self.limit / 200) / self.pace / 5
+            self.pace += max(abs(self.pace - self.limit), self.limit / 200) / max(5 * self.pace, 25)
             self.limit = max(self.limit, self.pace / 1.2)
         elif self.next_at > now:
             self.pace += max(1, 0.1 / (now - started + 0.001))

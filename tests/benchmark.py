@@ -145,6 +145,7 @@ SLOW = replace(USUAL, rpm=0, latency_s=1.5, servers=2, frees_aborted=True)
 WORLDS: dict[str, tuple[Script, dict]] = {  # the stand-in, and what differs from the usual trial
     "nothing but the limit": (USUAL, {}),
     "the limit, told twice as much": (USUAL, {"rpm": 1200}),
+    "60 a minute, told 600": (replace(USUAL, rpm=60), {}),
     **{f"{share}% random 429s, `Retry-After: 1`": (noise(share), {}) for share in (3, 10, 25)},
     **{f"{share}% random 429s, no `Retry-After`": (noise(share, retry_after="none"), {}) for share in (3, 10, 25)},
     "3% random 429s, told twice the limit": (noise(3), {"rpm": 1200}),
@@ -172,11 +173,11 @@ def worlds(bench: Bench) -> str:
         fields |= {"rpm": fields["rpm"] * bench.speed, "timeout_s": fields["timeout_s"] / bench.speed}
         latency_s = script.latency_s / (bench.speed if script.servers else 1)
         scaled = replace(script, rpm=script.rpm * bench.speed, latency_s=latency_s)
-        trials.append(Trial(who, bench.count(100 if script.servers else 600, 20), scaled, **fields))
+        trials.append(Trial(who, bench.count(100 if script.servers or script.rpm == 60 else 600, 20), scaled, **fields))
     for ((world, _), _), o in zip(cases, bench.run(trials, bench.jobs), strict=True):
         times = (f"{o.wall_s:.0f} s", f"{o.wall_s / o.trial.possible_s:.2f}")
         rows.append((world, o.trial.who, o.right, o.wrong, o.lost, o.served.requests, *times))
-    title = f"(w) {bench.count(600, 20)} tickets a line, {bench.count(100, 20)} for a slow server"
+    title = f"(w) {bench.count(600, 20)} tickets a line, {bench.count(100, 20)} for a slow server or 60 a minute"
     return table(title, "world||right|wrong|lost|requests|wall time|over what was possible", rows, POSSIBLE)
 
 

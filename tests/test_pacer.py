@@ -356,7 +356,15 @@ def test_a_very_low_limit_is_not_taken_for_noise(told):
     """Its rate is known from a few answers at a time; 300 requests or more were refused when that was believed."""
     trial = tried(World(0.2, told, "bucket of 5"), 300)
     assert trial.share >= 0.9
-    assert trial.signs[REFUSED] <= 180
+    assert trial.signs[REFUSED] <= 80
+
+
+@pytest.mark.parametrize("limiter", ["bucket of 5", "sliding 60 s", "fixed 60 s"])
+def test_a_key_of_60_a_minute_of_which_nobody_told_is_found_with_few_refusals(limiter):
+    """A pace that rose by seconds alone came back to a low limit after few answers: 9% were refused."""
+    trial = tried(World(1, 600, limiter))
+    assert trial.share >= 0.95
+    assert trial.refused <= 0.045
 
 
 @pytest.mark.parametrize("limit", [5, 10])
@@ -488,6 +496,14 @@ FAULTS = {
 
 def worlds() -> Iterator[tuple[str, str, World]]:
     """Group, name and world of each line."""
+    for per_s in (1, 2, 3):
+        for limiter in LIMITERS:
+            for seconds, latency_s in (("0.3 s", (0.21, 0.39)), ("3 s", (2.1, 3.9))):
+                yield (
+                    "low",
+                    f"{60 * per_s} a minute, {limiter}, {seconds}",
+                    World(per_s, 600, limiter, latency_s=latency_s),
+                )
     told = {"truth": (1200, 20), "twice": (1200, 10), "ten times": (3000, 5), "nothing": (0, 10)}
     for name, (rpm, per_s) in told.items():
         for limiter in LIMITERS:
