@@ -1,7 +1,7 @@
 """Label a CSV of support tickets with a language model: one label a ticket, in labels.jsonl.
 
     export TOKENHUB_KEY=...
-    python classify.py        # reads tickets.csv; --help shows the options
+    python classify.py        # reads tickets.csv; see --help
 
 Who calls whom:
 
@@ -257,13 +257,14 @@ class Pacer:
         return self.limit > 0 and self.pace < 0.97 * self.most
 
     async def turn(self) -> tuple:
-        """Waits for leave to start; returns what `ended` needs: when, how many in flight."""
+        """Waits for leave to start; returns when, and how many are in flight."""
         turn = self.loop.create_future()
         self.waiting.append(turn)
         self.admit()
         return await turn
 
     def admit(self):
+        """Lets start who may; else sets a timer."""
         now = self.loop.time()
         while self.waiting and (
             (self.next_at <= now and self.in_flight < self.window) or self.stopping.is_set()
@@ -406,7 +407,7 @@ class Outcome:
 
     means: Meaning
     said: tuple[str, ...]  # the whole message, then shorter forms
-    usage: dict | None = None  # where the gateway told
+    usage: dict | None = None
     reply: str = ""  # a complete one
     confidence: float | None = None
     wait_s: float | None = None  # Retry-After
@@ -552,7 +553,7 @@ def answer_of(data: object) -> Outcome:
 
 
 def parse_usage(usage: object) -> dict | None:
-    """Cached tokens as DeepSeek or OpenAI has them; None where it makes no sense."""
+    """Cached tokens as DeepSeek or OpenAI has them; None if it makes no sense."""
     cached = dig(usage, "prompt_tokens_details", "cached_tokens")
     cached = dig(usage, "prompt_cache_hit_tokens") or cached or 0
     sums = dig(usage, "prompt_tokens"), dig(usage, "completion_tokens"), cached
@@ -627,7 +628,7 @@ class Journal:
     """labels.jsonl, output and checkpoint in one: a line a ticket, appended as its answer arrives.
 
     Lines that fit no more, and requests without an answer, go to labels.jsonl.bak: the two files
-    hold all that was ever paid. A line in both counts once.
+    hold all that was ever paid.
     """
 
     def __init__(self, path: str):
@@ -698,6 +699,7 @@ class Journal:
         self.sums["right"] += self.gold.get(id_) == label
 
     def open(self):
+        """To append; old lines go to the .bak first."""
         if self.stale or self.torn:
             self.retire()
         self.file = open(self.path, "ab", buffering=0)
@@ -728,7 +730,7 @@ class Journal:
             self.ours = identity(self.path)
 
     def append(self, result: dict):
-        """Writes one line; raises InputError where labels.jsonl is no longer ours."""
+        """Writes one line; raises InputError if labels.jsonl is no longer ours."""
         line = line_of(result)
         self.book(line, result)
         ours = self.ours == identity(self.path)
@@ -796,7 +798,7 @@ class Run:
             await self.sleep(max(wait_s, min(backoff_s, BACKOFF_MAX_S)))
 
     async def send(self, model: str, text: str) -> tuple | None:
-        """What came of a request, and how long to wait; None where the run ends before."""
+        """What came of a request, and how long to wait; None if the run ends before."""
         most_usd, budget_usd = cost_usd(model, most_usage(text)) or 0.0, self.job.budget_usd
         while not self.stopped:
             turn = await self.pacer.turn()
@@ -829,7 +831,7 @@ class Run:
         self.bar.update(result["label"] is not None)
 
     def judge(self, asked: dict, text: str, outcome: Outcome):
-        """Reports a failure; stops the run where a model labels too few tickets."""
+        """Reports a failure; stops the run if a model labels too few tickets."""
         model, why = asked["model"], "see each `reply`; check SYSTEM_PROMPT, MODEL"
         if not outcome.reply:
             why = outcome.shown(text)
@@ -874,7 +876,7 @@ def stop_on_signals(run: Run):
     """The first Ctrl-C or SIGTERM ends the run in order, the second at once."""
     loop, signals = asyncio.get_running_loop(), itertools.count()
 
-    def interrupted(*_: object):
+    def interrupted(*_):
         """Perhaps amid a write: prints nothing."""
         if next(signals) or loop.is_closed():
             os._exit(130)
@@ -1010,7 +1012,7 @@ def checked_url(given: str) -> URL:
 
 
 def conditions(job: Namespace) -> Iterator[tuple]:
-    """What must be true, and what to say where it is not."""
+    """What must be true, and what to say if not."""
     names = "CONCURRENCY RPM TIMEOUT MAX_RETRIES MAX_TOKENS MAX_CHARS BUDGET_USD"
     for name in names.split():
         yield are_numbers(globals()[name]), f"{name} must be a number, not negative"
