@@ -169,4 +169,4 @@ async def test_equal_tickets_get_the_label_that_was_paid_though_the_budget_is_sp
 def test_the_cost_of_one_token_keeps_its_digits(monkeypatch):
     monkeypatch.setitem(PRICES, "cheap", (0.0375, 0.1, 0.0))
     assert cost_usd("cheap", {"tokens_in": 1, "tokens_out": 0}) == 3.75e-08
-    assert cost_usd("cheap", {"tokens_in": 3, "tokens_out": 3}) == 4.125e-07  # not 4.1250000000000003e-07
+    assert cost_usd("cheap", {"tokens_in": 1, "tokens_out": 2}) == 2.375e-07  # not 2.3750000000000003e-07
