@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import json
 import math
 import os
@@ -80,7 +81,7 @@ def logprobs_of(content: str) -> dict:
 class Fault:
     """Something that goes wrong with some requests: those that meet every condition here."""
 
-    name: str  # a key of FAULTS
+    name: str | Handler  # a key of FAULTS, or a handler of one's own, such as says(...) or off_list(...)
     every: int = 1  # 5 = each fifth request, counted from 1
     share: float = 1.0  # 0.03 = 3% of the requests, at random
     first: int = 0  # the first and the last request, by number
@@ -90,12 +91,18 @@ class Fault:
 
     def __post_init__(self) -> None:
         """Refuse a misspelt name at once, since a fault that never happens makes a test pass for nothing."""
-        if self.name not in FAULTS:
+        if isinstance(self.name, str) and self.name not in FAULTS:
             raise ValueError(f"no fault is named {self.name!r}; there are: {', '.join(sorted(FAULTS))}")
         if self.every < 1 or not 0 < self.share <= 1:
             raise ValueError("a fault hits every 1st, 2nd, ... request, or a share of more than 0% and at most 100%")
 
+    @property
+    def handler(self) -> Handler:
+        """What happens instead of the plain answer."""
+        return FAULTS[self.name] if isinstance(self.name, str) else self.name
+
     def hits(self, call: Call, now: float, dice: random.Random) -> bool:
+        """Whether it happens to this request."""
         return (
             call.number % self.every == 0
             and self.first <= call.number <= self.last
@@ -113,6 +120,7 @@ class Script:
     limiter: str = "bucket"  # "bucket", "sliding" or "fixed"
     burst: int = 10  # size of the bucket
     window_s: float = 60.0  # of the other two, which allow rpm * window_s / 60 requests in each window
+    counts_refused: bool = False  # True: requests refused by the limiter count against it too, as OpenAI documents
     max_in_flight: int = 0  # above it 429, as DeepSeek does; 0 = no such limit
     servers: int = 0  # requests worked on at once while others queue, as a small local server; 0 = no queue
     frees_aborted: bool = False  # True: who goes away leaves queue and work, and is not billed; else the work goes on
@@ -143,13 +151,21 @@ TOKEN_HUB = Script()
 
 # ---- The limiters: each says how long until one more request would be let through ----------------------
 
+# Zero: this one is let through. What they say holds if nobody else asks meanwhile. With `counts_refused` a request that
+# is refused counts as one that was let through: who goes on asking faster than the limit is never let in again.
+
 
 @dataclass
 class Bucket:
-    """Token bucket: a full one lets a burst through, then requests at the rate at which it fills."""
+    """Token bucket: a full one lets a burst through, then requests at the rate at which it fills.
+
+    A refused request that counts takes a token that is not there. The debt is one bucket at most, so that nobody waits
+    longer than it takes to pay that back and to earn one token: (size + 1) / per_s.
+    """
 
     per_s: float
     size: int
+    counts_refused: bool = False
     level: float = field(init=False)
     filled_at: float = 0.0
 
@@ -160,6 +176,8 @@ class Bucket:
         self.level = min(self.size, self.level + (now - self.filled_at) * self.per_s)
         self.filled_at = now
         if self.level < 1 - 1e-9:  # whoever waits exactly as long as told must not fail by a rounding error
+            if self.counts_refused:
+                self.level = max(-self.size, self.level - 1)
             return (1 - self.level) / self.per_s
         self.level -= 1
         return 0.0
@@ -167,16 +185,23 @@ class Bucket:
 
 @dataclass
 class SlidingWindow:
-    """Log of the requests let through: never more than `allowed` in any stretch of `window_s`."""
+    """Log of the requests that count: one is let through where fewer than `allowed` did in the last `window_s`.
+
+    Only the last `allowed` of them matter: one more is let through as soon as the oldest of those has left the window.
+    """
 
     allowed: int
     window_s: float
+    counts_refused: bool = False
     log: deque[float] = field(default_factory=deque)
 
     def wait_s(self, now: float) -> float:
         while self.log and self.log[0] + self.window_s <= now:
             self.log.popleft()
         if len(self.log) >= self.allowed:
+            if self.counts_refused:
+                self.log.popleft()
+                self.log.append(now)
             return self.log[0] + self.window_s - now
         self.log.append(now)
         return 0.0
@@ -184,10 +209,15 @@ class SlidingWindow:
 
 @dataclass
 class FixedWindow:
-    """Counter that starts anew with each window, so that two bursts can meet at its edge."""
+    """Counter that starts anew with each window, so that two bursts can meet at its edge.
+
+    Refused requests that count make it no stricter: a window that is used up lets nobody in anyway, and the next one
+    starts at nothing.
+    """
 
     allowed: float
     window_s: float
+    counts_refused: bool = False
     window: float = 0
     used: int = 0
 
@@ -195,10 +225,10 @@ class FixedWindow:
         window, elapsed = divmod(now, self.window_s)
         if window != self.window:
             self.window, self.used = window, 0
-        if self.used >= self.allowed:
-            return self.window_s - elapsed
-        self.used += 1
-        return 0.0
+        is_full = self.used >= self.allowed
+        if not is_full or self.counts_refused:
+            self.used += 1
+        return self.window_s - elapsed if is_full else 0.0
 
 
 def limiter_for(script: Script) -> Bucket | SlidingWindow | FixedWindow:
@@ -206,9 +236,10 @@ def limiter_for(script: Script) -> Bucket | SlidingWindow | FixedWindow:
     if not script.rpm:
         return FixedWindow(math.inf, script.window_s)
     if script.limiter == "bucket":
-        return Bucket(script.rpm / 60, script.burst)
+        return Bucket(script.rpm / 60, script.burst, script.counts_refused)
     allowed = max(1, int(script.rpm * script.window_s / 60 + 1e-9))
-    return {"sliding": SlidingWindow, "fixed": FixedWindow}[script.limiter](allowed, script.window_s)
+    kind = {"sliding": SlidingWindow, "fixed": FixedWindow}[script.limiter]
+    return kind(allowed, script.window_s, script.counts_refused)
 
 
 # ---- The errors ----------------------------------------------------------------------------------------
@@ -352,8 +383,9 @@ class Server:
     def answer(self, body: dict, text: str, label: str) -> tuple[dict, str, int, int]:
         """The message, its finish_reason, the tokens of it all, and those of the thoughts."""
         allowed = self.allowed(body)
-        if allowed is None:  # then a real model says now and then what it likes
-            content = {0: f"I think this is about {label}", 1: "thank-you"}.get(luck(text), label)
+        if allowed is None:  # then a real model says now and then what it likes, though seldom when asked once more
+            prose = label if turn_of(body["messages"]) > 1 else f"I think this is about {label}"
+            content = {0: prose, 1: "thank-you"}.get(luck(text), label)
         else:
             content = min((answer for answer in allowed if label in answer), key=len, default=allowed[0])
         thought, spoken = self.thought_tokens(body, text), tokens_out_of(content)
@@ -540,26 +572,182 @@ SERVERS: dict[str, Server] = {
     "llama.cpp-qwen3": LlamaCpp(can_think=True),
 }
 
-# ---- The gateway ---------------------------------------------------------------------------------------
+# ---- One request ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
-    """One request that was let in and understood."""
+    """One request, and what is known of it: nothing at first, then what it asks, then what came of it."""
 
     request: web.BaseRequest
     number: int
-    body: dict
-    text: str
+    asked_at: float = 0.0
+    body: dict = field(default_factory=dict)
+    text: str = ""  # the ticket's
+    turn: int = 0  # 1 where the ticket is asked for the first time, 2 where it is asked once more
+    work: dict | None = None  # usage of the work that was done
+    sent: bytearray = field(default_factory=bytearray)  # what was written piece by piece
 
 
 def ticket_of(body: object) -> str:
-    """Text of the user's message; ValueError where the real one would not understand the request."""
+    """Text of the first message of the user; ValueError where the real one would not understand the request.
+
+    A ticket that is asked once more stands in a longer conversation: system, the ticket, the model's reply, one line.
+    """
     match body:
-        case {"model": str(model), "messages": [*others, {"role": "user", "content": str(text)}]} if model:
+        case {"model": str(model), "messages": [*others, {"role": "user", "content": str()} as last]} if model:
             if all(isinstance(other, dict) and isinstance(other.get("content"), str) for other in others):
-                return text
+                return next(message for message in [*others, last] if message.get("role") == "user")["content"]
     raise ValueError("the request needs a model, and messages of which the last is the user's")
+
+
+def turn_of(messages: list[dict]) -> int:
+    """How many messages are the user's."""
+    return sum(message.get("role") == "user" for message in messages)
+
+
+def is_connected(request: web.BaseRequest) -> bool:
+    """Whether the client is still there."""
+    return request.transport is not None and not request.transport.is_closing()
+
+
+async def hand_over(call: Call, response: web.StreamResponse) -> bool:
+    """Write the response to its end; whether the client was there to take all of it."""
+    with suppress(ConnectionError):
+        await response.prepare(call.request)
+        await response.write_eof()
+    # What does not fit into the socket waits in the transport until the client reads on, or leaves.
+    while is_connected(call.request) and call.request.transport.get_write_buffer_size():  # noqa: ASYNC110 - it tells nobody
+        await asyncio.sleep(0.001)
+    return is_connected(call.request)
+
+
+# ---- The bill ------------------------------------------------------------------------------------------
+
+MOST_READ = 1 << 20  # bytes of a response; a client need not read on
+
+
+@dataclass(frozen=True)
+class Item:
+    """One request on the bill: what it asked, what it cost, what was sent, and how it ended."""
+
+    number: int  # of the request, from 1
+    ended: str  # one of ANSWERED, CUT, REFUSED, HUNG
+    asked: str = ""  # hash of the whole request; "" where nobody looked into it
+    prompt: str = ""  # hash of all of it but the ticket and what follows that
+    text: str = ""  # the ticket's
+    turn: int = 0  # 2 where the ticket was asked once more
+    model: str = ""
+    tokens_in: int = 0  # of the work that was done, as the client was told or would have been
+    tokens_out: int = 0
+    tokens_cached: int = 0  # of those in
+    was_told: bool = False  # whether the client could read these tokens in its answer
+    reply: str | None = None  # the content of the answer, thoughts and all
+    finish_reason: str | None = None
+    asked_at: float = 0.0  # time.monotonic
+    ended_at: float = 0.0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it is an answer that the client could use: it arrived in whole, says something and was not cut."""
+        says_something = bool(self.reply and self.reply.strip())
+        return self.ended == ANSWERED and says_something and self.end not in CUT_SHORT | UNFINISHED
+
+    @property
+    def end(self) -> str:
+        """The finish_reason as it is compared: some write it in capitals, or with a cause behind a colon."""
+        return (self.finish_reason or "").casefold().partition(":")[0]
+
+
+ANSWERED = "answered"  # in whole: a complete response with a choice in it, taken by a client that was still there
+CUT = "cut"  # the client left, the connection was lost, or after the work came something that nobody can read
+REFUSED = "refused"  # a response without any work
+HUNG = "hung"  # no response until the gateway's end
+CUT_SHORT = frozenset({"length", "max_tokens", "model_length"})
+FILTERED = frozenset({"content_filter", "sensitive", "safety", "recitation", "refusal"})
+CALLED_A_TOOL = frozenset({"tool_calls", "tool_use", "function_call"})
+BROKE_OFF = frozenset({"error", "abort", "cancelled", "network_error", "insufficient_system_resource"})
+UNFINISHED = FILTERED | CALLED_A_TOOL | BROKE_OFF
+MOST_TOKENS = 10**9  # nobody believes more
+
+
+def hash_of(value: object) -> str:
+    """Stands for a JSON value; the order of its keys does not matter."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def asked_of(body: dict) -> dict[str, object]:
+    """What a request asks, as an Item has it."""
+    messages = body["messages"]
+    roles = [message.get("role") for message in messages]
+    prompt = body | {"messages": messages[: roles.index("user")]}
+    return {"asked": hash_of(body), "prompt": hash_of(prompt), "model": body["model"]}
+
+
+def tokens_told(usage: object) -> dict[str, int] | None:
+    """The tokens of a `usage`; None where it makes no sense. Thoughts may be counted apart, in the total alone."""
+    match usage:
+        case {"prompt_tokens": int(tokens_in), "completion_tokens": int(tokens_out)} if (
+            tokens_in > 0 <= tokens_out < MOST_TOKENS
+        ):
+            total = usage.get("total_tokens")
+            tokens_out = max(tokens_out, total - tokens_in if isinstance(total, int) else 0)
+            details = usage.get("prompt_tokens_details") or {}
+            cached = usage.get("prompt_cache_hit_tokens") or details.get("cached_tokens") or 0
+            if isinstance(cached, int) and 0 <= cached <= tokens_in:
+                return {"tokens_in": tokens_in, "tokens_out": tokens_out, "tokens_cached": cached}
+    return None
+
+
+def text_of(content: object) -> str | None:
+    """The content of a message; where it is a list of parts, the text of those that are text, and no thoughts."""
+    if isinstance(content, list):
+        parts = [part for part in content if isinstance(part, dict) and part.get("type", "text") == "text"]
+        return "".join(str(part.get("text", "")) for part in parts)
+    return content if isinstance(content, str) else None
+
+
+def says_something(value: object) -> bool:
+    """Whether anything in it is not empty: some proxies add an `error` of nothing."""
+    if isinstance(value, dict | list):
+        return any(map(says_something, value.values() if isinstance(value, dict) else value))
+    return bool(value)
+
+
+def answer_in(body: bytes) -> tuple[dict, dict] | None:
+    """The answer that a client can read in a response's body, and its first choice; None where there is none."""
+    try:
+        answer = json.loads(body) if len(body) <= MOST_READ else None
+    except (ValueError, RecursionError):
+        return None
+    match answer:
+        case {"choices": [{"message": dict()} as choice, *_]}:
+            is_error = says_something(answer.get("error")) or says_something(choice.get("error"))
+            return None if is_error else (answer, choice)
+    return None
+
+
+def item_of(call: Call, response: web.StreamResponse | None, was_taken: bool) -> Item:
+    """What a request leaves on the bill, by what was really sent: handlers may send what they like."""
+    fields = {"number": call.number, "asked_at": call.asked_at, "ended_at": time.monotonic()}
+    fields |= {"text": call.text, "turn": call.turn} | (asked_of(call.body) if call.turn else {})
+    fields |= tokens_told(call.work) or {}
+    if response is None:
+        return Item(ended=HUNG, **fields)
+    if not was_taken:
+        return Item(ended=CUT, **fields)
+    body = response.body if isinstance(response, web.Response) else bytes(call.sent)
+    read = answer_in(body or b"") if response.status == 200 else None
+    if read is None:
+        return Item(ended=CUT if call.work else REFUSED, **fields)
+    answer, choice = read
+    if told := tokens_told(answer.get("usage")):
+        fields |= told | {"was_told": True}
+    reply, finish_reason = text_of(choice["message"].get("content")), choice.get("finish_reason")
+    return Item(ended=ANSWERED, reply=reply, finish_reason=finish_reason, **fields)
+
+
+# ---- The gateway ---------------------------------------------------------------------------------------
 
 
 class Gateway:
@@ -576,6 +764,7 @@ class Gateway:
         self.seen_headers: dict[str, str] = {}
         self.seen_body: object = None
         self.events: list[tuple[float, int]] = []  # status 0: nobody was there to take it, or it was cut
+        self.bill: list[Item] = []  # in the order in which they ended
         self._script = script
         self._limiter = limiter_for(script)
         self._servers = asyncio.Semaphore(script.servers or sys.maxsize)
@@ -593,7 +782,8 @@ class Gateway:
     @script.setter
     def script(self, new: Script) -> None:
         old, self._script = self._script, new
-        if (new.rpm, new.limiter, new.burst, new.window_s) != (old.rpm, old.limiter, old.burst, old.window_s):
+        names = ("rpm", "limiter", "burst", "window_s", "counts_refused")
+        if any(getattr(new, name) != getattr(old, name) for name in names):
             self._limiter = limiter_for(new)
         if new.servers != old.servers:
             self._servers = asyncio.Semaphore(new.servers or sys.maxsize)
@@ -621,26 +811,29 @@ class Gateway:
         return time.perf_counter() - self._started
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Count a request in and out."""
+        """Count a request in and out, and put it on the bill."""
         self.requests += 1
         self.in_flight += 1
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
+        call = Call(request, self.requests, time.monotonic())
+        response, was_taken = None, False
         task = asyncio.current_task()
         self._working.add(task)
         try:
-            response = await self._screen(request, self.requests)
-        except ConnectionError:  # the client left in the middle of its request
+            response = await self._screen(call)
+            was_taken = await hand_over(call, response)
+        except ConnectionError:  # the client left in the middle of its request, or of the work
             response = web.Response(status=400)
         finally:
             self.in_flight -= 1
             self._working.discard(task)
-        connected = request.transport is not None and not request.transport.is_closing()
-        self.events.append((self.now(), response.status if connected else 0))
+            self.bill.append(item_of(call, response, was_taken))
+        self.events.append((self.now(), response.status if was_taken else 0))
         return response
 
-    async def _screen(self, request: web.BaseRequest, number: int) -> web.StreamResponse:
+    async def _screen(self, call: Call) -> web.StreamResponse:
         """Path, key and limits, in the order in which a gateway looks at them."""
-        script = self._script
+        script, request = self._script, call.request
         raw = await request.content.read()
         self.seen_headers = dict(request.headers)
         if (request.method, request.path) != ("POST", PATH):
@@ -656,16 +849,17 @@ class Gateway:
             return await refuse(script, 429, error(429, f"more than {script.rpm:g} a minute"), wait_s)
         self._admitted += 1
         try:
-            return await self._admit(request, number, raw)
+            return await self._admit(call, raw)
         finally:
             self._admitted -= 1
 
-    async def _admit(self, request: web.BaseRequest, number: int, raw: bytes) -> web.StreamResponse:
+    async def _admit(self, call: Call, raw: bytes) -> web.StreamResponse:
         """Understand the request, and refuse it or play a fault or answer it."""
         script = self._script
         try:
             body = self.seen_body = json.loads(raw)
-            call = Call(request, number, body, ticket_of(body))
+            call.text = ticket_of(body)
+            call.body, call.turn = body, turn_of(body["messages"])
             if script.logprobs == "refuse" and body.get("logprobs"):
                 raise ValueError("logprobs is not supported by this model")
             if script.server:
@@ -679,7 +873,7 @@ class Gateway:
         if fault is None:
             return self.deliver(call, await self.work(call))
         self.faulted += 1
-        return await FAULTS[fault.name](self, call)
+        return await fault.handler(self, call)
 
     async def work(self, call: Call, slower: float = 1, tokens_out: int | None = None) -> dict:
         """Take the time that an answer takes, bill it, and give its JSON; from here on it is paid for."""
@@ -739,9 +933,10 @@ class Gateway:
         cached = min(script.cached_tokens, tokens_in)
         match SERVERS[script.server].cached_style if script.server else script.cached_style:
             case "openai":
-                return usage | {"prompt_tokens_details": {"cached_tokens": cached}}
+                usage["prompt_tokens_details"] = {"cached_tokens": cached}
             case "deepseek":
-                return usage | {"prompt_cache_hit_tokens": cached, "prompt_cache_miss_tokens": tokens_in - cached}
+                usage |= {"prompt_cache_hit_tokens": cached, "prompt_cache_miss_tokens": tokens_in - cached}
+        call.work = usage
         return usage
 
     def deliver(self, call: Call, answer: dict, mime: str = JSON) -> web.Response:
@@ -752,7 +947,8 @@ class Gateway:
     def record(self, call: Call, answer: dict) -> None:
         """Remember a complete answer, without thoughts, so that a test can compare it with what the client wrote."""
         for choice in answer["choices"]:
-            if (content := choice["message"]["content"]) and choice.get("finish_reason") in (None, "stop"):
+            content = text_of((choice.get("message") or {}).get("content"))
+            if content and choice.get("finish_reason") in (None, "stop"):
                 self.answered += 1
                 self.replies[call.text] = content.rpartition("</think>\n\n")[2]
 
@@ -761,13 +957,14 @@ class Gateway:
         return sum(times > 1 for times in self.billed.values())
 
     def summary(self) -> str:
-        """What was served and billed, in four lines."""
+        """What was served and billed, and what the labels are worth."""
         return (
             f"Served: {self.requests:,} requests, at most {self.max_in_flight} at once\n"
             f"Gave  : {self.answered:,} answers, {self.refused:,} refusals, {self.faulted:,} faults; "
             f"{self.in_flight} unfinished\n"
             f"Billed: {self.tokens_in:,} tokens in / {self.tokens_out:,} out\n"
-            f"Texts : {len(self.billed):,} billed, {self.billed_twice():,} of them more than once"
+            f"Texts : {len(self.billed):,} billed, {self.billed_twice():,} of them more than once\n"
+            "This stand-in goes by keywords: its labels, and their accuracy, mean nothing."
         )
 
 
@@ -821,8 +1018,24 @@ def ends(content: str | None, finish_reason: str | None = "stop", counts: bool =
     return handler
 
 
+def off_list(first: str, again: str = "LABEL") -> Handler:
+    """Billed, and says `first`; where the ticket is asked once more, `again`, with LABEL in place of the label."""
+    return lambda gateway, call: ends(first if call.turn == 1 else again)(gateway, call)
+
+
+def serves(body: bytes, status: int = 200, mime: str = JSON) -> Handler:
+    """The work is done and billed, and then this very body is sent, whatever it says."""
+
+    async def handler(gateway: Gateway, call: Call) -> web.StreamResponse:
+        await gateway.work(call)
+        return web.Response(status=status, body=body, content_type=mime)
+
+    return handler
+
+
 async def send(call: Call, response: web.StreamResponse, data: bytes) -> None:
     """Write without minding that the client has gone: the work goes on, and is billed, all the same."""
+    call.sent += data
     with suppress(ConnectionError):
         await response.prepare(call.request)
         await response.write(data)
@@ -950,6 +1163,7 @@ FAULTS: dict[str, Handler] = {
     "null_finish": ends("LABEL", None),
     "think": ends("<think>\nThe user asks about billing. Or is it a bug?\n</think>\n\nLABEL"),
     "think_open": ends("The user asks about billing. Or is it a bug?\n</think>\n\nLABEL"),
+    "unknown_finish": ends("LABEL", "no_such_reason", counts=True),
     "length_label": ends(" other\n\nTicket: I have a ticket for the", "length", counts=True),
     # Billed answers that are none.
     "null_content": ends(None),
@@ -960,7 +1174,6 @@ FAULTS: dict[str, Handler] = {
     "content_filter": ends("", "content_filter"),
     "insufficient_system_resource": ends("LABEL", "insufficient_system_resource"),
     "error_finish": ends("LABEL", "error"),
-    "unknown_finish": ends("LABEL", "no_such_reason"),
     "tool_calls": ends(None, "tool_calls", tool_calls=[TOOL_CALL]),
     # The connection.
     "truncated": breaks_off(chunked=False),
@@ -1018,6 +1231,7 @@ def parse_arguments(arguments: list[str]) -> tuple[Script, int]:
         parser.add_argument(option, dest=name, type=kind, metavar=metavar, default=default, help=about)
     parser.add_argument("--limiter", choices=["bucket", "sliding", "fixed"], default=TOKEN_HUB.limiter)
     parser.add_argument("--server", choices=SERVERS, default="", help="a real one, whose rules it keeps")
+    parser.add_argument("--counts-refused", action="store_true", help="refused requests count against the limit too")
     parser.add_argument("--frees-aborted", action="store_true", help="who goes away leaves the queue, unbilled")
     parser.add_argument(
         "--fault", dest="faults", type=fault, metavar="NAME[:EVERY|:N%]", action="append", default=[],

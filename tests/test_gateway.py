@@ -122,6 +122,7 @@ async def test_usage_may_be_larger_than_what_was_allowed_and_a_504_may_have_been
     [
         ("no_finish", "missing", "billing", True),
         ("null_finish", None, "billing", True),
+        ("unknown_finish", "no_such_reason", "billing", True),
         ("think", "stop", "<think>\nThe user asks about billing. Or is it a bug?\n</think>\n\nbilling", True),
         ("think_open", "stop", "The user asks about billing. Or is it a bug?\n</think>\n\nbilling", True),
         ("length_label", "length", " other\n\nTicket: I have a ticket for the", True),
@@ -132,7 +133,6 @@ async def test_usage_may_be_larger_than_what_was_allowed_and_a_504_may_have_been
         ("think_cut", "length", "<think>\nOkay, this is about billing", False),
         ("insufficient_system_resource", "insufficient_system_resource", "billing", False),
         ("error_finish", "error", "billing", False),
-        ("unknown_finish", "no_such_reason", "billing", False),
         ("tool_calls", "tool_calls", None, False),
     ],
 )
