@@ -1,4 +1,4 @@
-"""What is known before a run, and what is told after it: cost, quality, confidence, what a cache saved."""
+"""What is known before a run, and what is told after it: cost, quality, confidence, and what needs a look."""
 
 import math
 import random
@@ -10,10 +10,25 @@ import pytest
 
 from classify import LABELS
 from tests.conftest import Desk, Done, numbered
-from tests.gateway import Gateway
+from tests.gateway import Fault, Gateway
 from tests.helpers import QUICK, brisk, run_here, summary
 
-# ---- Before: --dry-run
+QWEN = "qwen2.5-72b-instruct"
+
+
+def notes(done: Done) -> list[str]:
+    """The lines of the report behind the table of labels."""
+    lines = done.stdout.splitlines()
+    return lines[next(n for n, line in enumerate(lines) if line.startswith("Labels: ")) :]
+
+
+def note(done: Done, start: str) -> str:
+    """The one line of them that begins so."""
+    [line] = [line for line in notes(done) if line.startswith(start)]
+    return line
+
+
+# ---- Before: the plan
 
 
 def test_a_dry_run_sends_nothing_needs_no_key_and_writes_no_file(desk: Desk):
@@ -24,7 +39,7 @@ def test_a_dry_run_sends_nothing_needs_no_key_and_writes_no_file(desk: Desk):
     assert sorted(desk.folder.iterdir()) == before
 
 
-async def test_a_dry_run_counts_the_tickets_by_what_becomes_of_them(desk: Desk):
+async def test_the_plan_counts_the_tickets_by_what_becomes_of_them(desk: Desk):
     brisk(desk)
     desk.write(numbered(4))
     async with Gateway(QUICK) as gateway:
@@ -32,45 +47,199 @@ async def test_a_dry_run_counts_the_tickets_by_what_becomes_of_them(desk: Desk):
     new = {"new": "Hello", "same": "Hello", "as before": numbered(4)["t1"]}
     desk.write(numbered(4) | {"t2": "changed"} | new | {"empty": "", "blank": " ", "long": "y" * 12_001})
     shown = run_here(desk, "--dry-run").stdout
-    for count in ("3 of 10 tickets to send", "3 are done", "replaces 1 lines", "1 are cut"):
+    assert shown.startswith("10 tickets in tickets.csv: 3 to send to deepseek-chat at 127.0.0.1:")
+    for count in ("4 done already", "1 equal to another", "2 without text", "1 ticket cut at 12,000 characters"):
         assert re.search(rf"(?<!\d){count}", shown), count
 
 
-async def test_a_dry_run_estimates_the_cost_by_each_models_price(desk: Desk):
-    brisk(desk, CHINESE_MODEL="qwen2.5-72b-instruct")
+def test_one_ticket_is_a_ticket(desk: Desk):
+    desk.write({"a": "Hello"})
+    assert run_here(desk, "--dry-run").stdout.startswith("1 ticket in tickets.csv: 1 to send to ")
+
+
+def test_the_plan_names_the_gateway_as_people_write_it(desk: Desk):
+    desk.write({"a": "Hello"})
+    shown = run_here(desk, "--dry-run", TOKENHUB_URL="https://api.sandboxclaw.com/v1").stdout
+    assert " at api.sandboxclaw.com;" in shown
+
+
+async def test_the_plan_estimates_the_cost_by_each_models_price(desk: Desk):
+    brisk(desk, CHINESE_MODEL=QWEN)
     desk.write(numbered(50) | {f"c{n}": f"我的发票金额不对，请尽快帮我处理一下，谢谢。{n}" for n in range(20)})
     async with Gateway(QUICK) as gateway:
         shown = (await desk.run(gateway, "--dry-run")).stdout
         assert gateway.requests == 0
         done = await desk.run(gateway)
     assert done.status == 0
-    [usd] = re.findall(r"70 of 70 tickets to send: about \$(\d+\.\d+)", shown)
-    assert float(usd) == pytest.approx(sum(x["cost_usd"] for x in done.lines), rel=0.1)
+    assert done.stderr == shown, "a run begins with the same plan"
+    assert f"70 to send to deepseek-chat and {QWEN} at" in shown
+    [usd] = re.findall(r"^about \$(\d+\.\d+) of the \$2\.00 budget", shown, re.M)
+    assert float(usd) == pytest.approx(sum(line["cost_usd"] for line in done.lines), rel=0.1)
 
 
 def test_empty_tickets_make_the_others_no_cheaper(desk: Desk):
     few = numbered(20)
     desk.write(few)
-    cost = re.search(r"\$[\d.]+", run_here(desk, "--dry-run").stdout)[0]
+    cost = re.search(r"about \$[\d.]+", run_here(desk, "--dry-run").stdout)[0]
     desk.write(few | {f"empty {n}": "" for n in range(180)})
     shown = run_here(desk, "--dry-run").stdout
-    assert f"20 of 200 tickets to send: about {cost}" in shown
+    assert shown.startswith("200 tickets in tickets.csv: 20 to send to ")
+    assert cost in shown
 
 
-def test_a_dry_run_tells_the_least_time_and_whether_the_budget_will_hold(desk: Desk):
+@pytest.mark.parametrize(
+    ("rpm", "least"),
+    [("60", "at least 1 min 30 s at 60 requests a minute"), ("90", "at least 1 min at 90 requests a minute")],
+)
+def test_the_plan_tells_the_least_time_and_at_which_pace(desk: Desk, rpm, least):
     desk.write(numbered(90))
-    shown = run_here(desk, "--dry-run", "--rpm", "60", "--budget", "0.0001").stdout
-    assert re.search(r"\b(1\.5 min|0?1:30)\b", shown)
-    assert "BUDGET" in shown
-    assert "BUDGET" not in run_here(desk, "--dry-run", "--budget", "1").stdout
+    shown = run_here(desk, "--dry-run", "--rpm", rpm).stdout
+    assert least in shown
 
 
-async def test_a_run_begins_with_the_estimate_in_one_line(desk: Desk):
+async def test_over_the_budget_names_the_sum_that_is_enough(desk: Desk):
+    brisk(desk)
+    desk.write(numbered(2000))
+    shown = run_here(desk, "--dry-run", "--budget", "0.05").stdout
+    [enough] = re.findall(r"OVER THE BUDGET: --budget (\d+\.\d\d) is needed", shown)
+    assert "OVER" not in run_here(desk, "--dry-run", "--budget", enough).stdout
+    desk.write(numbered(60))
+    shown = run_here(desk, "--dry-run", "--budget", "0.001").stdout
+    [enough] = re.findall(r"--budget (\d+\.\d\d) is needed", shown)
+    async with Gateway(QUICK) as gateway:
+        done = await desk.run(gateway, "--budget", enough)
+    assert done.status == 0
+
+
+async def test_a_model_without_a_price_says_so_in_plan_and_report(desk: Desk):
     brisk(desk)
     desk.write(numbered(3))
     async with Gateway(QUICK) as gateway:
+        done = await desk.run(gateway, "--model", "gpt-9", "--budget", "0")
+    assert done.status == 0
+    assert done.stderr.splitlines()[1].partition(";")[0] == "no price for gpt-9"
+    assert summary(done)[2] == "Cost  : unpriced (no price for gpt-9)"
+    assert note(done, "Labels: ").endswith(", unpriced")
+
+
+# ---- After: what one can mail to one's boss
+
+
+async def test_a_good_run_ends_with_its_labels_its_file_and_what_it_did(desk: Desk):
+    brisk(desk)
+    bodies = {"billing": "my invoice", "bug": "a crash", "how-to": "how do I"}
+    desk.write({f"{label}{n}": f"{body} {n}" for label, body in bodies.items() for n in range(4)} | {"x": "Hello"})
+    async with Gateway(replace(QUICK, tokens=(312, 3))) as gateway:
         done = await desk.run(gateway)
-    assert done.stderr.startswith("3 of 3 tickets to send: about $0.000")
+    assert done.status == 0
+    *report, last = done.stdout.splitlines()
+    assert report == [
+        "Classified 13 tickets",
+        "Tokens: 4,056 in / 39 out",
+        "Cost  : $0.0011",
+        "",
+        "billing                  4   30.8%",
+        "bug                      4   30.8%",
+        "how-to                   4   30.8%",
+        "feature-request          0    0.0%",
+        "other                    1    7.7%",
+        "",
+    ]
+    assert re.fullmatch(r"Labels: labels\.jsonl\. This run: 13 labelled, 0 failed, \d s, \$0\.0011", last)
+
+
+async def test_the_report_says_what_this_run_did_and_what_is_left(desk: Desk):
+    brisk(desk)
+    desk.write(numbered(10))
+    async with Gateway(replace(QUICK, tokens=(312, 3))) as gateway:
+        await desk.run(gateway, "--sample", "4")
+        left = sorted(set(numbered(10)) - {line["id"] for line in (await desk.run(gateway, "--sample", "4")).lines})
+        failing = numbered(10)[left[0]].removeprefix("Hello, my invoice is wrong, see ")
+        gateway.script = replace(gateway.script, faults=(Fault("status_400", matching=failing),))
+        done = await desk.run(gateway)
+    assert " This run: 5 labelled, 1 failed, " in note(done, "Labels: ")
+    assert note(done, "Labels: ").endswith(" s, $0.0004")
+    assert f"1 ticket ({left[0]}): 400 invalid_request" in done.stdout
+    assert notes(done)[-1].startswith("Not labelled: 1 ticket is left. Run the same command")
+    counts = [line.split()[:2] for line in done.stdout.splitlines()[4:9]]
+    assert counts == [["billing", "9"], ["bug", "0"], ["how-to", "0"], ["feature-request", "0"], ["other", "0"]]
+
+
+async def test_counts_tokens_and_cost_are_of_the_same_tickets_and_all_runs_stand_in_a_line_of_their_own(desk: Desk):
+    brisk(desk)
+    desk.write(numbered(40))
+    async with Gateway(replace(QUICK, tokens=(100_000, 3))) as gateway:
+        full = await desk.run(gateway)
+        sample = await desk.run(gateway, "--sample", "10")
+    each = (100_000 * 0.27 + 3 * 1.10) / 1e6
+    assert summary(full) == ["Classified 40 tickets", "Tokens: 4,000,000 in / 120 out", f"Cost  : ${40 * each:.4f}"]
+    assert summary(sample) == ["Classified 10 tickets", "Tokens: 1,000,000 in / 30 out", f"Cost  : ${10 * each:.4f}"]
+    assert "All runs" not in full.stdout
+    assert note(sample, "All runs with labels.db: ").startswith(f"All runs with labels.db: ${40 * each:.2f}, $0.81 of ")
+
+
+async def test_one_of_a_thing_is_singular_and_several_are_plural(desk: Desk):
+    brisk(desk)
+    desk.write(numbered(1))
+    async with Gateway(replace(QUICK, tokens=(312, 30))) as gateway:
+        one = await desk.run(gateway)
+        desk.write(numbered(2))
+        two = await desk.run(gateway)
+    assert summary(one)[0] == "Classified 1 ticket"
+    assert summary(two)[0] == "Classified 2 tickets"
+    assert re.search(r"^Longer than MAX_TOKENS: 1 (reply|answer)\b", one.stdout, re.M)
+    assert re.search(r"^Longer than MAX_TOKENS: 2 (replies|answers)\b", two.stdout, re.M)
+
+
+async def test_what_was_paid_without_an_answer_is_told_with_its_cost(desk: Desk):
+    brisk(desk)
+    desk.write(numbered(6))
+    faults = (Fault("length", first=2, last=3), Fault("null_usage", first=5, last=5))
+    async with Gateway(replace(QUICK, tokens=(10_000, 3), faults=faults)) as gateway:
+        done = await desk.run(gateway)
+    assert done.status == 0
+    assert note(done, "In vain: ") == "In vain: 2 requests without an answer, at most $0.0054"
+    assert note(done, "Estimated: ") == "Estimated: the tokens of 1 request without `usage`"
+
+
+async def test_what_this_run_failed_is_as_many_as_the_reasons_name(desk: Desk):
+    brisk(desk)
+    desk.write(numbered(100))
+    async with Gateway(replace(QUICK, faults=(Fault("length"),))) as gateway:
+        done = await desk.run(gateway)
+    assert done.status == 1
+    [failed] = re.findall(r" This run: 0 labelled, (\d+) failed, ", done.stdout)
+    assert re.findall(r"^Failed: (\d+) tickets ", done.stdout, re.M) == [failed]
+
+
+async def test_an_equal_ticket_of_a_failed_one_is_counted_in_both_lines(desk: Desk):
+    brisk(desk)
+    desk.write(numbered(3) | {"bad": "impossible", "same": "impossible"})
+    async with Gateway(replace(QUICK, faults=(Fault("status_400", matching="impossible"),))) as gateway:
+        done = await desk.run(gateway)
+    assert " This run: 3 labelled, 2 failed, " in note(done, "Labels: ")
+    assert "2 tickets (bad, same): 400 invalid_request" in done.stdout
+
+
+async def test_why_tickets_failed_is_told_without_the_words_of_the_tickets(desk: Desk):
+    brisk(desk)
+    desk.write(numbered(3) | {"private": "my account number is 4711 and my dog is Rex"})
+    async with Gateway(replace(QUICK, faults=(Fault("echo_400", matching="4711"),))) as gateway:
+        done = await desk.run(gateway)
+    assert note(done, "Failed: ") == "Failed: 1 ticket (private): 400 invalid_request invalid_request_error"
+    assert "4711" not in done.stdout + done.stderr
+
+
+async def test_a_limit_that_was_found_is_named_as_the_rpm_to_set(desk: Desk):
+    desk.edit(BACKOFF_S=0.01)
+    desk.write(numbered(60))
+    async with Gateway(replace(QUICK, rpm=1200, retry_after="float")) as gateway:
+        done = await desk.run(gateway, "--rpm", "6000")
+    assert done.status == 0
+    line = note(done, "Limit: ")
+    assert f"Limit: {gateway.refused} requests refused" in line
+    for rpm in re.findall(r"set RPM to about (\d+)", line):
+        assert 900 <= int(rpm) <= 2400
 
 
 # ---- After: how the labels compare with those that people gave
@@ -78,8 +247,8 @@ async def test_a_run_begins_with_the_estimate_in_one_line(desk: Desk):
 
 def accuracy(done: Done) -> list[float]:
     """Accuracy, the two ends of its interval, and of how many."""
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("Accuracy")]
-    return [float(number) for number in (*re.findall(r"\d\.\d+", line), *re.findall(r"of (\d+)", line))]
+    line = note(done, "Accuracy: ")
+    return [float(number) for number in (*re.findall(r"\d\.\d+", line)[:3], *re.findall(r"of (\d+) labels", line))]
 
 
 async def evaluated(desk: Desk, gold: list[str], given: list[str], *arguments: str) -> Done:
@@ -117,20 +286,50 @@ async def test_the_accuracy_and_its_interval_are_what_scipy_says(desk: Desk, cas
     brisk(desk)
     done = await evaluated(desk, gold, given)
     right, of = sum(map(str.__eq__, gold, given)), len(gold)
+    share, low, high, number = accuracy(done)
     interval = binomtest(right, of).proportion_ci(method="wilson")
-    assert accuracy(done) == pytest.approx([right / of, interval.low, interval.high, of], abs=6e-4)
+    assert (share, number) == (pytest.approx(right / of, abs=6e-4), of)
+    assert [low, high] == pytest.approx([interval.low, interval.high], abs=6e-3)
 
 
-async def test_rows_without_a_label_of_their_own_do_not_count(desk: Desk):
+async def test_the_pairs_most_often_confused_are_named_with_tickets_to_look_at(desk: Desk):
     brisk(desk)
-    done = await evaluated(desk, ["bug", "", "bug", "", "other"], ["bug", "bug", "other", "other", "other"])
+    gold = ["billing"] * 5 + ["bug", "bug", "how-to", "other", "bug", "other"]
+    given = ["bug"] * 5 + ["billing", "billing", "bug", "how-to", "bug", "other"]
+    line = note(await evaluated(desk, gold, given), "Accuracy: ")
+    _, _, confused = line.partition("; most often confused: ")
+    assert confused.split("; ") == [
+        "billing taken for bug 5 times (t0, t1, t2, ...)",
+        "bug taken for billing 2 times (t5, t6)",
+        "how-to taken for bug 1 time (t7)",
+    ]
+
+
+async def test_a_gold_label_is_compared_as_a_reply_is_and_what_is_none_is_left_out_and_counted(desk: Desk):
+    brisk(desk)
+    done = await evaluated(desk, ["Bug", "", "bug", "Refunds", "other"], ["bug", "bug", "other", "other", "other"])
     assert accuracy(done)[0::3] == [0.667, 3]
+    assert "1 label by people" in note(done, "Left out of the accuracy: ")
 
 
-async def test_without_labels_of_people_there_is_no_evaluation(desk: Desk):
-    brisk(desk)
-    done = await evaluated(desk, [""] * 3, ["bug"] * 3)
+@pytest.mark.parametrize("column", ["label", None])
+async def test_without_labels_of_people_there_is_no_evaluation(desk: Desk, column):
+    brisk(desk, GOLD_COLUMN=column)
+    done = await evaluated(desk, [""] * 3 if column else ["bug"] * 3, ["bug"] * 3)
     assert not re.search("accuracy|precision", done.stdout, re.I)
+
+
+async def test_with_two_models_cost_and_accuracy_stand_by_model(desk: Desk):
+    brisk(desk, CHINESE_MODEL=QWEN)
+    rows = [(f"e{n}", f"my invoice {n}", "billing") for n in range(6)]
+    rows += [(f"c{n}", f"退款 {n}", "billing" if n else "bug") for n in range(4)]
+    desk.write(rows, header=("id", "body", "label"))
+    async with Gateway(replace(QUICK, tokens=(100_000, 3))) as gateway:
+        done = await desk.run(gateway)
+    assert done.status == 0
+    assert note(done, "deepseek-chat: ") == ("deepseek-chat: 6 tickets, $0.16, accuracy 1.000 (95%: 0.61 to 1.00) of 6")
+    assert note(done, f"{QWEN}: ") == f"{QWEN}: 4 tickets, $0.22, accuracy 0.750 (95%: 0.30 to 0.95) of 4"
+    assert accuracy(done)[0::3] == [0.9, 10]
 
 
 # ---- After: confidence
@@ -143,7 +342,8 @@ async def test_with_logprobs_each_line_has_its_confidence(desk: Desk):
         done = await desk.run(gateway)
     sure = {"billing": math.exp(-0.01), "feature-request": math.exp(-0.03)}  # one token, and three
     lines = [line for line in done.lines if line["id"] != "empty"]
-    assert [line["confidence"] for line in lines] == pytest.approx([sure[x["label"]] for x in lines], abs=1e-4)
+    assert [line["confidence"] for line in lines] == pytest.approx([sure[line["label"]] for line in lines], abs=1e-4)
+    assert "Without confidence" not in done.stdout
 
 
 async def test_without_logprobs_asked_for_no_line_has_a_confidence(desk: Desk):
@@ -155,15 +355,29 @@ async def test_without_logprobs_asked_for_no_line_has_a_confidence(desk: Desk):
     assert not any("confidence" in line for line in done.lines)
 
 
+async def test_logprobs_switched_on_afterwards_says_how_many_lines_have_none(desk: Desk):
+    brisk(desk)
+    desk.write(numbered(3))
+    async with Gateway(QUICK) as gateway:
+        await desk.run(gateway)
+        desk.write(numbered(5))
+        brisk(desk, LOGPROBS=True)
+        done = await desk.run(gateway)
+    assert gateway.requests == 5, "nothing is paid again"
+    assert note(done, "Without confidence: ").startswith("Without confidence: 3 labels")
+    assert sum("confidence" in line for line in done.lines) == 2
+
+
 async def test_a_gateway_that_refuses_logprobs_says_so_in_its_own_words(desk: Desk):
     brisk(desk, LOGPROBS=True)
     desk.write(numbered(60))
     async with Gateway(replace(QUICK, logprobs="refuse")) as gateway:
         done = await desk.run(gateway)
     assert (done.status, done.labels) == (1, {})
-    assert gateway.requests < 60
-    [stopped] = [line for line in done.stderr.splitlines() if line.startswith("stopped: ")]
-    assert "logprobs is not supported" in stopped
+    assert gateway.requests < 20
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("Stopped: every ticket is refused alike: 400 ")
+    assert "logprobs is not supported" in last
 
 
 async def test_a_gateway_that_ignores_logprobs_gives_labels_without_confidence(desk: Desk):
@@ -173,9 +387,10 @@ async def test_a_gateway_that_ignores_logprobs_gives_labels_without_confidence(d
         done = await desk.run(gateway)
     assert (done.status, len(done.labels)) == (0, 30)
     assert not any("confidence" in line for line in done.lines)
+    assert note(done, "Without confidence: ").startswith("Without confidence: 30 labels")
 
 
-@pytest.mark.parametrize("logprob", [-(10**400), math.nan, "much", None, {}])
+@pytest.mark.parametrize("logprob", [-(10**400), math.nan, "much", None, {}], ids=lambda value: str(value)[:5])
 async def test_a_nonsensical_logprob_costs_no_ticket(desk: Desk, logprob):
     brisk(desk, LOGPROBS=True)
     desk.write(numbered(3))
@@ -207,4 +422,4 @@ async def test_a_reply_longer_than_was_asked_for_is_said(desk: Desk, tokens_out:
     desk.write(numbered(2))
     async with Gateway(replace(QUICK, tokens=(312, tokens_out))) as gateway:
         done = await desk.run(gateway)
-    assert ("Note: 2 replies were longer than the tokens asked for" in done.stdout) == said
+    assert ("Longer than MAX_TOKENS: 2 " in done.stdout) == said

@@ -6,89 +6,136 @@ from dataclasses import replace
 
 import pytest
 
+import classify
 from tests.conftest import Desk, numbered
-from tests.gateway import Gateway
-from tests.helpers import QUICK, Witness, brisk
+from tests.gateway import Call, Gateway
+from tests.helpers import QUICK, Witness, brisk, run_here
 
-NOWHERE = "http://127.0.0.1:9/v1"
+NAN = float("nan")
 
 
-async def refusal(desk: Desk, *arguments: str, **environment: str) -> str:
+def refusal(desk: Desk, *arguments: str, **environment: str) -> str:
     """The one line with which a run is refused."""
-    done = await desk.run(None, *arguments, **{"TOKENHUB_URL": NOWHERE} | environment)
+    done = run_here(desk, *arguments, **environment)
     assert (done.status, done.stdout) == (2, "")
-    assert not desk.output.exists()
+    assert [path.name for path in desk.folder.glob("labels*")] == []
     [line] = done.stderr.splitlines()
     return line
 
 
+# ---- Settings ------------------------------------------------------------------------------------------
+
 NUMBERS = ["CONCURRENCY", "RPM", "TIMEOUT", "MAX_RETRIES", "MAX_TOKENS", "MAX_CHARS", "BUDGET_USD"]
+WRONG = [  # the settings, and what the line has to say
+    *(({name: value}, f"{name} must be a number") for name in NUMBERS for value in (None, [], -1, NAN, 1j)),
+    # Of the rest argparse says so, as they are defaults of options.
+    *(({name: "many"}, f"{name} must be a number") for name in ("TIMEOUT", "MAX_RETRIES", "MAX_TOKENS", "MAX_CHARS")),
+    ({"CONCURRENCY": 4.5}, "CONCURRENCY must be a whole number"),
+    ({"MAX_CHARS": 1e4}, "MAX_CHARS must be a whole number"),
+    *(({"EXTRA_BODY": body}, "EXTRA_BODY") for body in ({1, 2}, [], None, {"a": {1}}, {"a": ...}, {"a": NAN})),
+    *(({"EXTRA_BODY": body}, "EXTRA_BODY") for body in ({(1, 2): 3}, {"max_tokens": "200"}, {"max_tokens": NAN})),
+    *(
+        ({"PRICES": {"x": (1, 1, 1), "deepseek-chat": price}}, "PRICES: deepseek-chat needs three numbers")
+        for price in ((0.27, 1.10), (0.27, 1.10, None), (0.27, 1.10, "free"), (-1, 1, 1), (1, 1, NAN), 3, None)
+    ),
+    *(
+        ({name: value}, f"{name} must be ")
+        for name, values in {
+            "TEXT_COLUMNS": [(), None, 5, ("body", None)],
+            "ID_COLUMN": [5, ("id",)],
+            "GOLD_COLUMN": [5],
+            "MAX_CHARS": [0],
+            "TIMEOUT": [0],
+        }.items()
+        for value in values
+    ),
+    ({"FALLBACK": "misc"}, "FALLBACK must be one of LABELS or None, not 'misc'"),
+    ({"LABELS": {"bug": "", "Bug": "", "other": ""}}, "LABELS: "),
+    ({"LABELS": {"how-to": "", "how to": "", "other": ""}}, "LABELS: "),
+    ({"LABELS": {"": "", "other": ""}}, "LABELS: "),
+    ({"LABELS": {}}, "LABELS: "),
+    ({"MODEL": None}, "MODEL is missing"),
+    ({"MODEL": "gpt-9"}, "no price for gpt-9: add it to PRICES, or use --budget 0"),
+    ({"CHINESE_MODEL": "gpt-9"}, "no price for gpt-9"),
+]
+
+
+@pytest.mark.parametrize(("constants", "said"), WRONG, ids=str)
+def test_a_setting_that_is_wrong_is_named(desk: Desk, monkeypatch: pytest.MonkeyPatch, constants, said):
+    desk.write(numbered(1))
+    for name, value in constants.items():
+        monkeypatch.setattr(classify, name, value)
+    [name] = constants
+    if name in ("TIMEOUT", "MAX_RETRIES", "RPM"):  # which run_here sets itself
+        assert next(classify.wrong_settings()).startswith(said)
+    else:
+        assert refusal(desk).startswith(f"classify.py: {said}")
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-@pytest.mark.parametrize("value", [None, "many", -1, float("nan")], ids=str)
-async def test_a_number_among_the_settings_that_is_none_is_named(desk: Desk, name: str, value: object):
-    if value == "many" and name in ("CONCURRENCY", "RPM", "BUDGET_USD"):
-        pytest.skip("is the default of an option, and argparse names that")
+async def test_the_program_with_a_number_that_is_none_is_refused_as_a_command_too(desk: Desk, name: str):
+    desk.edit(**{name: -1})
     desk.write(numbered(1))
-    source = (desk.folder / "classify.py").read_text(encoding="utf-8")
-    desk.edit(**{name: value if value == value else 0})
-    if value != value:
-        text = (desk.folder / "classify.py").read_text(encoding="utf-8")
-        assert source != text
-        (desk.folder / "classify.py").write_text(text.replace(f"\n{name} = 0\n", f"\n{name} = float('nan')\n"))
-    assert f"{name} must be a number" in await refusal(desk)
+    done = await desk.run(None, TOKENHUB_URL="http://127.0.0.1:9/v1")
+    assert (done.status, done.stdout) == (2, "")
+    assert done.stderr == f"classify.py: {name} must be a number, not negative\n"
 
 
-@pytest.mark.parametrize(
-    "body", ["{1, 2}", "[]", "None", "{'a': {1}}", "{'a': object()}", "{'a': float('nan')}", "{(1, 2): 3}"]
-)
-async def test_an_extra_body_that_is_no_json_object_is_named(desk: Desk, body: str):
+def test_prices_labels_and_fallbacks_that_are_right_are_let_through(desk: Desk, monkeypatch: pytest.MonkeyPatch):
     desk.write(numbered(1))
-    program = desk.folder / "classify.py"
-    lines = program.read_text(encoding="utf-8").splitlines()
-    [place] = [number for number, line in enumerate(lines) if line.startswith("EXTRA_BODY = ")]
-    lines[place] = f"EXTRA_BODY = {body}"
-    program.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    assert "EXTRA_BODY" in await refusal(desk)
+    right = {"LABELS": {"C": "", "C++": "", "C#": "", "👍": "", "R&D": "", "R+D": ""}, "FALLBACK": None}
+    right |= {"PRICES": {"deepseek-chat": (0, 0, 0), "x": [1, 1, 1]}, "EXTRA_BODY": {"max_tokens": None}}
+    right |= {"TEXT_COLUMNS": ["body"], "ID_COLUMN": None, "GOLD_COLUMN": None}
+    for name, value in right.items():
+        monkeypatch.setattr(classify, name, value)
+    assert list(classify.wrong_settings()) == []
+    assert run_here(desk, "--dry-run").status == 0
 
 
-ODD_PRICES = [(0.27, 1.10), (0.27, 1.10, None), (0.27, 1.10, "free"), (-1, 1, 1), 3, None]
+async def test_long_labels_get_the_tokens_that_they_need(desk: Desk):
+    labels = {f"{'a rather long label with many words in it ' * 2}{n}": "" for n in range(3)} | {"other": ""}
+    brisk(desk, LABELS=labels)
+    desk.write(numbered(3))
+    longest = max(labels, key=len)
+    async with Witness(replace(QUICK, reply=lambda text: longest)) as gateway:
+        done = await desk.run(gateway)
+    assert (done.status, set(done.labels.values())) == (0, {longest})
+    assert gateway.bodies[0]["max_tokens"] >= len(longest) / 2
 
 
-@pytest.mark.parametrize("price", ODD_PRICES, ids=str)
-async def test_a_price_that_is_not_three_numbers_is_named(desk: Desk, price: object):
-    desk.edit(PRICES={"deepseek-chat": price})
+# ---- Options -------------------------------------------------------------------------------------------
+
+WRONG_OPTIONS = [
+    (("--concurrency", "0"), "--concurrency begins at 1"),
+    (("--sample", "0"), "--sample begins at 1"),
+    (("--rpm", "-1"), "--rpm must be 0 or at least 0.01"),
+    (("--rpm", "0.001"), "--rpm must be 0 or at least 0.01"),
+    (("--rpm", "nan"), "--rpm must be"),
+    (("--rpm", "inf"), "--rpm must be"),
+    (("--budget", "-1"), "--budget must be a number of dollars, 0 for no limit"),
+    (("--budget", "nan"), "--budget must be"),
+    (("--budget", "inf"), "--budget must be"),
+    (("--model", "gpt-9"), "no price for gpt-9: add it to PRICES, or use --budget 0"),
+    (("--model", "a\x1b[2Jb", "--budget", "0"), "MODEL is missing, or not UTF-8"),
+    (("-o", "labels.txt"), "-o must end in .jsonl or .csv"),
+    (("-o", "labels"), "-o must end in .jsonl or .csv"),
+    (("-o", "tickets.csv"), "-o tickets.csv is the CSV itself: choose another"),
+    (("-o", "./x/../tickets.csv"), "-o ./x/../tickets.csv is the CSV itself"),
+    (("-o", "nowhere/labels.jsonl"), "there is no folder "),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), WRONG_OPTIONS, ids=str)
+def test_an_option_that_is_wrong_is_named(desk: Desk, arguments, said):
     desk.write(numbered(1))
-    line = await refusal(desk)
-    assert "PRICES" in line
-    assert "deepseek-chat" in line
-
-
-@pytest.mark.parametrize(
-    ("constants", "word"),
-    [
-        ({"FALLBACK": "misc"}, "FALLBACK"),
-        ({"LABELS": {"bug": "", "Bug": "", "other": ""}}, "LABELS"),
-        ({"LABELS": {"how-to": "", "how to": "", "other": ""}}, "LABELS"),
-        ({"LABELS": {"": "", "other": ""}}, "LABELS"),
-        ({"LABELS": {}}, "LABELS"),
-        ({"MODEL": None}, "MODEL"),
-        ({"MODEL": "gpt-9"}, "PRICES"),
-        ({"CHINESE_MODEL": "gpt-9"}, "PRICES"),
-    ],
-    ids=str,
-)
-async def test_what_does_not_fit_together_is_named(desk: Desk, constants, word):
-    desk.edit(**constants)
-    desk.write(numbered(1))
-    assert word in await refusal(desk)
+    (desk.folder / "x").mkdir()
+    assert refusal(desk, *arguments).startswith(f"classify.py: {said}")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere arguments and file names are text")
-async def test_a_model_whose_name_is_not_utf8_is_refused(desk: Desk):
+def test_a_model_whose_name_is_not_utf8_is_refused(desk: Desk):
     desk.write(numbered(1))
-    assert "not UTF-8" in await refusal(desk, "--budget", "0", "--model", os.fsdecode(b"qwen\xff"))
+    assert "not UTF-8" in refusal(desk, "--budget", "0", "--model", os.fsdecode(b"qwen\xff"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere arguments and file names are text")
@@ -104,46 +151,32 @@ async def test_file_names_that_are_not_utf8_work(desk: Desk):
     assert (first.status, second.status, gateway.requests) == (0, 0, 3)
     assert len((desk.folder / output).read_bytes().splitlines()) == 3
     missing = os.fsdecode(b"n\xffbody.csv")
-    assert "No such file" in await refusal(desk, missing)
+    assert "No such file" in refusal(desk, missing)
 
 
-async def test_the_query_of_the_address_is_kept(desk: Desk):
+# ---- Environment ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["", " ", "\n"], ids=repr)
+def test_a_run_without_a_key_says_how_to_set_one_and_a_dry_run_needs_none(desk: Desk, key: str):
+    desk.write(numbered(1))
+    assert refusal(desk, TOKENHUB_KEY=key).startswith("classify.py: TOKENHUB_KEY is not set")
+    assert run_here(desk, "--dry-run", TOKENHUB_KEY=key).status == 0
+
+
+class Azure(Witness):
+    """Remembers the path and the query of the last request."""
+
+    def deliver(self, call: Call, *more: object) -> object:
+        self.asked = call.request.path_qs
+        return super().deliver(call, *more)
+
+
+@pytest.mark.parametrize("ending", ["/chat/completions", "/chat/completions?api-version=1", "", "/", "?api-version=1"])
+async def test_an_address_is_completed_and_its_query_kept(desk: Desk, ending: str):
     brisk(desk)
     desk.write(numbered(2))
-
-    class Azure(Witness):
-        async def _screen(self, request, number):
-            self.query = request.path_qs.partition("?")[2]
-            return await super()._screen(request, number)
-
     async with Azure() as gateway:
-        base = gateway.url.removesuffix("/chat/completions")
-        for url in (f"{gateway.url}?api-version=2026-10-01", f"{base}?api-version=2026-10-01"):
-            done = await desk.run(gateway, TOKENHUB_URL=url)
-            assert (done.status, gateway.query) == (0, "api-version=2026-10-01")
-            gateway.query = ""
-            desk.output.unlink()
-
-
-async def test_an_infinite_budget_is_no_budget(desk: Desk):
-    brisk(desk, BUDGET_USD=0.0000001)
-    desk.write(numbered(20))
-    async with Gateway(QUICK) as gateway:
-        done = await desk.run(gateway, "--budget", "inf", "--model", "gpt-9")
-    assert (done.status, len(done.labels)) == (0, 20)
-    assert "unpriced" in done.stderr.splitlines()[0]
-
-
-def long_labels(count: int) -> dict[str, str]:
-    return {f"{'a rather long label with many words in it ' * 2}{n}": "" for n in range(count)} | {"other": ""}
-
-
-async def test_long_labels_get_the_tokens_that_they_need(desk: Desk):
-    labels = long_labels(3)
-    brisk(desk, LABELS=labels)
-    desk.write(numbered(3))
-    longest = max(labels, key=len)
-    async with Witness(replace(QUICK, reply=lambda text: longest)) as gateway:
-        done = await desk.run(gateway)
-    assert (done.status, set(done.labels.values())) == (0, {longest})
-    assert gateway.bodies[0]["max_tokens"] >= len(longest) / 2
+        done = await desk.run(gateway, TOKENHUB_URL=gateway.url.removesuffix("/chat/completions") + ending)
+    query = ending.partition("?")[2]
+    assert (done.status, gateway.asked) == (0, "/v1/chat/completions" + (f"?{query}" if query else ""))

@@ -1,4 +1,4 @@
-"""The README's snippets that take labels.jsonl further: into a spreadsheet, and into an evaluation."""
+"""The labels taken further: -o labels.csv into a spreadsheet, and the README's snippet into an evaluation."""
 
 import asyncio
 import csv
@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import Desk
 from tests.gateway import Fault, Gateway, Script
-from tests.helpers import brisk
+from tests.helpers import QUICK, brisk
 from tests.test_readme import blocks
 
 # What OWASP ("CSV Injection") says must not begin a cell.
@@ -22,7 +22,9 @@ AWKWARD = {
     "t3": "-2+3+cmd|' /C calc'!A0",
     "t4": "@SUM(1+1)*cmd|' /C calc'!A0",
     "t5": "\t=1+1",
-    "t6": "\r\n=1+1",
+    "t6": "\r\n=1+2",
+    "t6b": "\n=1+3",
+    "t6c": "\r=1+4",
     "t7": "Größe 发票 🙂",
     "t8": 'one\n\n=two, "three"; four\r\nfive',
     "t9": "'quoted' already",
@@ -35,6 +37,71 @@ def rows_of(path: Path, delimiter: str) -> list[list[str]]:
         return list(csv.reader(file, delimiter=delimiter, strict=True))
 
 
+def written(path: Path, rows: list[list[str]], delimiter: str) -> None:
+    """Writes a CSV as a spreadsheet does, with empty rows in it."""
+    text = io.StringIO(newline="")
+    csv.writer(text, delimiter=delimiter).writerows([*rows[:3], [""] * 5, [], *rows[3:]])
+    path.write_bytes(text.getvalue().encode("utf-8-sig"))
+
+
+def shown(cell: str) -> str:
+    """A cell as it is to stand in the output."""
+    return f"'{cell}" if cell.startswith(FORMULA) else cell
+
+
+def reply(text: str) -> str:
+    return '=HYPERLINK("https://x.example")' if "number" in text else "Bug." if "Größe" in text else "other"
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+async def test_the_labels_stand_beside_every_cell_as_it_was_and_no_cell_is_a_formula(desk: Desk, delimiter: str):
+    header = ["-Note", "Ticket ID", "Subject", "Body", "Note"]
+    rows = [["-", id_, "", text, "=1+1"] for id_, text in AWKWARD.items()]
+    failing = ["x", "lost", "", "fail me", ""]
+    short, empty, long = ["", "short", "", "a crash"], ["y", "empty", "", " ", "z"], ["y", "long", "", "b", "z", "", ""]
+    written(desk.tickets, [header, *rows, failing, short, empty, long], delimiter)
+    brisk(desk, ID_COLUMN="ticket id", TEXT_COLUMNS=("Subject", "Body"), LOGPROBS=True)
+    faults = (Fault("status_400", matching="fail me"),)
+    async with Gateway(Script(rpm=0, latency_s=0, faults=faults, reply=reply)) as gateway:
+        done = await desk.run(gateway, "-o", "labels.csv")
+    assert done.status == 1
+    assert "Labels: labels.csv." in done.stdout
+
+    assert done.output.read_bytes().startswith(b"\xef\xbb\xbf")  # or Excel takes it for its old code page
+    first, *others = rows_of(done.output, delimiter)
+    assert first == [*map(shown, header), "model_label", "confidence", "reply"]
+    labelled = [*rows, [*short, ""], empty, long[:5]]  # in the order of the file; what failed has no row
+    replies = {row["id"]: row["reply"] for row in done.ledger if row["reply"]}
+    for [*cells, label, confidence, said], row in zip(others, labelled, strict=True):
+        assert cells == [shown(cell) for cell in row]
+        answer = replies.get(row[1], "")
+        assert label == ("bug" if answer == "Bug." else "other")
+        assert said == shown(answer)
+        assert bool(confidence) == bool(answer)
+        assert not any(cell.startswith(FORMULA) for cell in (*cells, label, confidence, said))
+
+
+async def test_an_export_in_utf16_with_a_hint_for_the_delimiter_becomes_a_csv_that_is_read_again(desk: Desk):
+    desk.tickets.write_bytes('sep=;\r\nID;Body\r\n1;"Größe; bug"\r\n'.encode("utf-16"))
+    brisk(desk)
+    async with Gateway(QUICK) as gateway:
+        done = await desk.run(gateway, "-o", "labels.csv")
+        again = await desk.run(gateway, "labels.csv", "-o", "again.csv")
+    assert (done.status, again.status) == (0, 0)
+    assert rows_of(done.output, ";")[1][:3] == ["1", "Größe; bug", "bug"]
+    assert rows_of(again.output, ";")[1][:3] == ["1", "Größe; bug", "bug"]
+
+
+async def test_the_labels_of_one_ledger_are_written_as_lines_and_as_a_table_without_paying_twice(desk: Desk):
+    desk.write({"1": "a crash", "2": "an invoice"})
+    brisk(desk)
+    async with Gateway(QUICK) as gateway:
+        lines = await desk.run(gateway)
+        table = await desk.run(gateway, "-o", "labels.csv")
+    assert (lines.status, table.status, gateway.requests) == (0, 0, 2)
+    assert lines.labels == table.labels == {"1": "bug", "2": "billing"}
+
+
 async def snippet(containing: str, folder: Path) -> str:
     """Runs the one snippet in Python that contains this as it stands in the README; what it printed."""
     [source] = [block for block in blocks("python") if containing in block]
@@ -44,32 +111,6 @@ async def snippet(containing: str, folder: Path) -> str:
     out, err = await process.communicate()
     assert process.returncode == 0, err.decode()
     return out.decode()
-
-
-@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-async def test_the_labels_go_into_a_spreadsheet_with_every_cell_as_it_was_and_none_a_formula(desk: Desk, delimiter):
-    header = ["Note", "Ticket ID", "Subject", "Body", "Note"]
-    rows = [["-", id_, "", text, "=1+1"] for id_, text in AWKWARD.items()] + [["x", "lost", "", "fail me", ""]]
-    text = io.StringIO(newline="")
-    csv.writer(text, delimiter=delimiter).writerows([header, *rows[:3], [""] * 5, [], *rows[3:]])
-    desk.tickets.write_bytes(text.getvalue().encode("utf-8-sig"))
-    brisk(desk, ID_COLUMN="ticket id", TEXT_COLUMNS=("Subject", "Body"), LOGPROBS=True)
-    faults = (Fault("status_400", matching="fail me"),)
-    async with Gateway(Script(rpm=0, latency_s=0, faults=faults)) as gateway:
-        done = await desk.run(gateway)
-    assert done.status == 1
-    await snippet("labelled.csv", desk.folder)
-
-    labelled = desk.folder / "labelled.csv"
-    assert labelled.read_bytes().startswith(b"\xef\xbb\xbf")  # or Excel takes it for its old code page
-    first, *others = rows_of(labelled, delimiter)
-    assert first == ["model_label", "confidence", *header]
-    confidences = {line["id"]: str(line["confidence"]) for line in done.lines}
-    assert confidences.keys() == AWKWARD.keys()
-    for [label, confidence, *cells], row in zip(others, rows, strict=True):
-        assert (label, confidence) == (done.labels.get(row[1], ""), confidences.get(row[1], ""))
-        assert not any(cell.startswith(FORMULA) for cell in cells)
-        assert cells == ["'" + cell if cell.startswith(FORMULA) else cell for cell in row]
 
 
 async def test_the_evaluation_goes_by_model_and_by_chinese(desk: Desk):
@@ -88,13 +129,13 @@ async def test_the_evaluation_goes_by_model_and_by_chinese(desk: Desk):
     )
     brisk(desk, CHINESE_MODEL="qwen2.5-72b-instruct")
 
-    def reply(text: str) -> str:
+    def by_word(text: str) -> str:
         return "billing" if "invoice" in text or "发票" in text else "bug"
 
-    async with Gateway(Script(rpm=0, latency_s=0, reply=reply)) as gateway:
+    async with Gateway(Script(rpm=0, latency_s=0, reply=by_word)) as gateway:
         assert (await desk.run(gateway)).status == 0
-    shown = await snippet("classification_report", desk.folder)
-    parts = dict(re.findall(r"^([\w. -]+)\n(.*?\]\])$", shown, re.M | re.S))
+    said = await snippet("classification_report", desk.folder)
+    parts = dict(re.findall(r"^([\w. -]+)\n(.*?\]\])$", said, re.M | re.S))
     precision_recall_f1_count = {  # by hand
         ("deepseek-chat", "billing"): ["0.67", "1.00", "0.80", "2"],
         ("deepseek-chat", "bug"): ["1.00", "0.50", "0.67", "2"],

@@ -1,22 +1,30 @@
 """The key goes to the gateway alone, ticket texts are data and in no log, and nothing foreign steers the terminal."""
 
+import asyncio
 import gzip
 import json
 import re
+import ssl
 import sys
-from collections.abc import Awaitable, Callable
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import trustme
 from aiohttp import web
+from yarl import URL
 
+import classify
 from tests.conftest import KEY, Desk, Done, numbered
-from tests.gateway import PATH, Fault, Gateway, Script
+from tests.gateway import PATH, Fault, Gateway, Script, keyword_label
 from tests.helpers import QUICK, Witness, brisk, run_here
 
 SECRET = "Zebra9 Quokka8 Marmot7 Wombat6"  # a ticket's text, in words that nothing else here says
 NO_LIMIT = ("--rpm", "0")
+Answer = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 def failing(fault: str, every: int = 1) -> Script:
@@ -33,9 +41,10 @@ def words_of(text: str, done: Done) -> set[str]:
     return {word for word in re.findall(r"\w{3,}", text) if word.casefold() in (done.stdout + done.stderr).casefold()}
 
 
-def assert_key_is_in_no_file(desk: Desk) -> None:
-    for path in desk.folder.rglob("*"):
-        assert path.is_dir() or KEY.encode() not in path.read_bytes(), f"the key stands in {path.name}"
+def files_with(secret: str, desk: Desk) -> list[str]:
+    """The files, of any name, in which this stands."""
+    paths = [path for path in desk.folder.rglob("*") if path.is_file() and path.suffix != ".pem"]
+    return [path.name for path in paths if secret.encode() in path.read_bytes()]
 
 
 def control_characters(text: str) -> set[str]:
@@ -43,26 +52,42 @@ def control_characters(text: str) -> set[str]:
 
 
 @asynccontextmanager
-async def served(answer: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]):
+async def served(answer: Answer, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
     """A gateway that answers by this alone; gives its address."""
     runner = web.ServerRunner(web.Server(answer, access_log=None), shutdown_timeout=0.1)
     await runner.setup()
     try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}{PATH}"
+        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
+        yield f"http{'s' if tls else ''}://127.0.0.1:{runner.addresses[0][1]}{PATH}"
     finally:
         await runner.cleanup()
 
 
-def error_saying(message: str, status: int = 400) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
+def text_in(body: dict) -> str:
+    return body["messages"][1]["content"]
+
+
+def error_saying(message: str | Callable[[str], str], status: int = 400) -> Answer:
+    """Refuses everything with a message, or with what is made of the ticket's text."""
+
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
-        await request.read()
-        return web.json_response({"error": {"code": "invalid_request", "message": message}}, status=status)
+        text = text_in(await request.json())
+        said = message if isinstance(message, str) else message(text)
+        return web.json_response({"error": {"code": "invalid_request", "message": said}}, status=status)
 
     return answer
 
 
-# ---- The key and the texts stay out of what is printed and kept ----------------------------------------
+async def labels(request: web.BaseRequest) -> web.StreamResponse:
+    """Answers as a gateway should."""
+    return web.json_response(answered(keyword_label(text_in(await request.json()))))
+
+
+def answered(content: object, **choice: object) -> dict:
+    return {"choices": [{"message": {"content": content}} | choice]}
+
+
+# ---- The texts of tickets stay out of what is printed --------------------------------------------------
 
 SHAPES = {  # of ticket texts, which a gateway repeats in its error
     "plain": SECRET,
@@ -77,98 +102,182 @@ SHAPES = {  # of ticket texts, which a gateway repeats in its error
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-async def test_a_gateway_that_repeats_key_and_ticket_in_its_error_puts_neither_in_the_log(
-    shape: str, desk: Desk
-) -> None:
+async def test_a_gateway_that_repeats_key_and_ticket_in_its_error_puts_neither_in_the_log(shape: str, desk: Desk):
     brisk(desk)
     desk.write({"t1": SHAPES[shape]})
     async with Gateway(failing("echo_400")) as gateway:
         done = await desk.run(gateway, *NO_LIMIT)
     assert done.status == 1
-    assert "ticket t1 failed: 400" in done.stderr
+    assert "ticket t1 failed: 400 invalid_request" in done.stderr
     assert words_of(SHAPES[shape], done) <= {"and"}
     assert KEY[-8:] not in done.stdout + done.stderr
-    assert_key_is_in_no_file(desk)
-    bak = desk.output.with_name("labels.jsonl.bak")
-    [line] = [json.loads(line) for line in bak.read_bytes().splitlines() if line.strip()]
-    assert SHAPES[shape][:1000] in line["error"], "what the gateway said stands in the .bak, whole"
+    assert files_with(KEY, desk) == []
+    [row] = done.ledger
+    assert SHAPES[shape][:1000] in row["error"], "what the gateway said stands in the ledger"
 
 
-async def test_what_a_gateway_says_is_shown_where_it_repeats_nothing_of_the_ticket(desk: Desk) -> None:
+TICKET = "parameters and grammars are hard to read"
+IN_A_ROW = {  # what a gateway says of that ticket, and whether it is shown
+    "the grammar of this request is not valid": True,
+    "it says: parameters and gr... it goes on": True,
+    "it says: parameters and gra... it goes on": False,
+    "it says: PARAMETERS\n\tand-gramm...": False,
+    "": True,
+}
+
+
+@pytest.mark.parametrize("message", IN_A_ROW)
+async def test_what_a_gateway_says_is_shown_except_where_16_letters_in_a_row_are_the_tickets(message: str, desk: Desk):
     brisk(desk)
-    desk.write({"t1": "parameters and grammars are hard"})
-    async with served(error_saying("the grammar of this request is not valid")) as url:
+    desk.write({"t1": TICKET})
+    async with served(error_saying(message)) as url:
         done = await desk.run(None, *NO_LIMIT, TOKENHUB_URL=url)
-    assert "ticket t1 failed: 400 invalid_request: the grammar of this request is not valid\n" in done.stderr
-
-
-async def test_else_its_status_and_code_are_shown(desk: Desk) -> None:
-    brisk(desk)
-    desk.write({"t1": "parameters and grammars are hard"})
-    async with served(error_saying("who says that grammars are hard?")) as url:
-        done = await desk.run(None, *NO_LIMIT, TOKENHUB_URL=url)
-    assert "ticket t1 failed: 400 invalid_request\n" in done.stderr
+    said = "ticket t1 failed: 400 invalid_request" + (f": {message}" if IN_A_ROW[message] and message else "")
+    assert re.search(f"^{re.escape(said)}(: Bad Request|: {{.*)?(;.*)?$", done.stderr, re.M), done.stderr
 
 
 DISGUISES = {
     "as JSON": lambda text: json.dumps({"messages": [{"content": text}]}, ensure_ascii=False),
+    "as JSON in ASCII": lambda text: json.dumps({"messages": [{"content": text}]}),
     "as repr": repr,
     "in capitals": str.upper,
     "cut short": lambda text: text[5:-5],
     "with a header": lambda text: f"Authorization: Bearer {KEY}; {text}",
     "behind a long page": lambda text: "x " * 380 + text,
+    "amid a long page": lambda text: "x " * 140 + text,
 }
 
 
-@pytest.mark.parametrize("status", [400, 402, 503])
-@pytest.mark.parametrize("disguise", DISGUISES)
-async def test_no_form_of_the_ticket_in_an_error_gets_through(disguise: str, status: int, desk: Desk) -> None:
-    brisk(desk, MAX_RETRIES=1)
-    text = SECRET.replace(" ", "\n")
-    desk.write({"t1": text})
-    async with served(error_saying(DISGUISES[disguise](text), status)) as url:
+@pytest.mark.parametrize("status", [400, 402, 429, 503])
+async def test_no_form_of_the_ticket_in_an_error_gets_through(status: int, desk: Desk):
+    brisk(desk, MAX_RETRIES=0, QUOTA_S=1, STUCK_S=1, IN_A_ROW=100)
+    desk.write({name: f"{name}: {SECRET} Größe {SECRET[::-1]}".replace(" ", "\n") for name in DISGUISES})
+    disguise = error_saying(lambda text: DISGUISES[text.replace("\n", " ").partition(":")[0]](text), status)
+    async with served(disguise) as url:
         done = await desk.run(None, *NO_LIMIT, TOKENHUB_URL=url)
     assert done.status == 1
     assert str(status) in done.stderr
-    assert not words_of(text, done)
-    assert_key_is_in_no_file(desk)
+    assert not words_of(f"{SECRET} {SECRET[::-1]}", done)
+    assert files_with(KEY, desk) == []
 
 
-async def test_ticket_texts_stand_in_no_output_of_a_run_that_goes_well(desk: Desk) -> None:
+async def test_ticket_texts_stand_in_no_output_of_a_run_that_goes_well(desk: Desk):
     brisk(desk)
     desk.write({"t1": f"{SECRET} my invoice", "t2": f"{SECRET} crash", "t3": SECRET})
     async with Gateway(QUICK) as gateway:
         done = await desk.run(gateway, *NO_LIMIT)
     assert done.status == 0
     assert not words_of(SECRET, done)
-    assert not any(word.encode() in desk.output.read_bytes() for word in SECRET.split())
-    assert_key_is_in_no_file(desk)
+    assert [files_with(word, desk) for word in SECRET.split()] == [["tickets.csv"]] * 4
+    assert files_with(KEY, desk) == []
 
 
-async def test_a_model_that_only_repeats_the_tickets_stops_the_run_without_showing_one(desk: Desk) -> None:
+async def test_a_model_that_only_repeats_the_tickets_stops_the_run_without_showing_one(desk: Desk):
     brisk(desk)
     desk.write({f"t{n}": f"{SECRET} {n}" for n in range(30)})
     async with Gateway(Script(rpm=0, latency_s=0, reply=lambda text: text)) as gateway:
         done = await desk.run(gateway, *NO_LIMIT)
-    assert "stopped: " in done.stderr
+    assert "Stopped: deepseek-chat named a label for 0 of the last 20 tickets" in done.stdout
     assert not words_of(SECRET, done)
 
 
-@pytest.mark.parametrize("reply", [f"the key is {KEY}", f"billing {KEY}", f"billing\n{KEY}", f"{KEY} {KEY[:12]}"])
-async def test_a_reply_with_the_key_in_it_leaves_the_key_in_no_file(reply: str, desk: Desk) -> None:
+async def test_a_code_or_a_finish_reason_that_repeats_the_ticket_is_not_shown(desk: Desk):
+    brisk(desk, MAX_RETRIES=0)
+    desk.write({f"{what}": f"hello there my secret friend, {what}" for what in ("code", "type", "length", "empty")})
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        text = text_in(await request.json())
+        what = text.split()[-1]
+        if what in ("code", "type"):
+            return web.json_response({"error": {what: text}}, status=400)
+        return web.json_response(answered("bi" if what == "length" else "", finish_reason=f"length: {text}"))
+
+    async with served(answer) as url:
+        done = await desk.run(None, *NO_LIMIT, TOKENHUB_URL=url)
+    assert done.status == 1
+    assert "ticket code failed: 400" in done.stderr
+    assert "secret" not in done.stdout + done.stderr
+
+
+# ---- The key stays out of what is printed and kept -----------------------------------------------------
+
+
+def slashes(data: object) -> bytes:
+    """JSON in which signs are escaped that need not be."""
+    text = json.dumps(data)
+    for sign in "/+<&A":
+        text = text.replace(sign, "\\/" if sign == "/" else f"\\u{ord(sign):04x}")
+    return text.encode()
+
+
+KEYS = ("sk-ab/cdEFGHA/123456", "sk+ab<cdEFGHA&123456")
+REPEATING = {  # status, body and headers of a gateway that repeats this key
+    "in an error": lambda key: (400, slashes({"error": {"code": "a", "message": f"no such key: {key}"}}), {}),
+    "in a code": lambda key: (400, slashes({"error": {"code": f"no_{key}"}}), {}),
+    "in an error of another shape": lambda key: (400, slashes({"detail": [{"msg": f"no {key}", "type": "b"}]}), {}),
+    "in an error in a 200": lambda key: (200, slashes({"error": {"code": "400", "message": f"no {key}"}}), {}),
+    "in a page": lambda key: (403, f"<p>{key.replace('&', '&amp;').replace('<', '&lt;')}</p>".encode(), {}),
+    "in a page, where it is cut": lambda key: (422, f"<p>{'x ' * 140} {key.replace('<', '&lt;')}".encode(), {}),
+    "in an error, where it is cut": lambda key: (413, slashes({"error": {"message": "x " * 1995 + key}}), {}),
+    "in a reply": lambda key: (200, slashes(answered(f"the key is {key}")), {}),
+    "in a reply with a label": lambda key: (200, slashes(answered(f"billing\n\n{key}")), {}),
+    "in a reply, where it is cut": lambda key: (200, slashes(answered("x " * 1995 + key)), {}),
+    "in a cut reply": lambda key: (200, slashes(answered("x " * 140 + key, finish_reason="length")), {}),
+    "in a finish reason": lambda key: (200, slashes(answered("", finish_reason=f"length: {key}")), {}),
+    "in a refusal": lambda key: (200, slashes({"choices": [{"message": {"refusal": key}}]}), {}),
+    "in a redirect": lambda key: (451, b"", {"Location": f"https://x.test/login/{key}"}),
+    "in half an answer": lambda key: (200, slashes({"x": key})[:-2], {}),
+    "in a header that is none": lambda key: (0, f"HTTP/1.1 200 OK\r\nX y: {key}\r\n\r\n".encode(), {}),
+    "in a status that is none": lambda key: (0, f"HTTP/1.1 {key}\r\n\r\n".encode(), {}),
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+async def test_a_key_that_a_gateway_repeats_is_written_nowhere(desk: Desk, key: str):
+    brisk(desk, MAX_RETRIES=0, IN_A_ROW=100)
+    desk.write({where: f"{where}." for where in REPEATING})
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        status, body, headers = REPEATING[text_in(await request.json()).rstrip(".")](key)
+        if not status:
+            request.transport.write(body)
+            request.transport.close()
+        return web.Response(status=status or 400, body=body, headers=headers)
+
+    async with served(answer) as url:
+        done = await desk.run(None, *NO_LIMIT, TOKENHUB_URL=url, TOKENHUB_KEY=key)
+    assert "no such key: ***" in done.stderr
+    assert {row["id"] for row in done.ledger} == REPEATING.keys()
+    assert {"the key is ***"} == {line["reply"] for line in done.lines if line["id"] == "in a reply"}
+    for piece in (key[i : i + 6] for i in range(len(key) - 5)):
+        assert [row for row in done.ledger if piece in f"{row['error']} {row['reply']}"] == []
+        assert piece not in done.stdout + done.stderr
+        assert files_with(piece, desk) == []
+
+
+async def test_a_word_for_a_server_without_keys_is_no_secret(desk: Desk):
     brisk(desk)
-    desk.write(numbered(25))  # so many that the run stops, and says what the replies were
-    async with Gateway(saying(reply)) as gateway:
-        done = await desk.run(gateway, *NO_LIMIT)
-    assert KEY not in done.stdout + done.stderr
-    assert_key_is_in_no_file(desk)
+    desk.write({"t1": "a crash", "t2": "an invoice"})
+    async with served(error_saying("there is none at all")) as url:
+        done = await desk.run(None, *NO_LIMIT, TOKENHUB_URL=url, TOKENHUB_KEY="none")
+    assert "there is none at all" in done.stderr
+
+
+def test_a_megabyte_of_error_takes_no_time_and_no_room(desk: Desk):
+    raw = json.dumps({"error": {"message": "the error is that " * 50_000}}).encode()
+    before = time.process_time()
+    outcome = classify.outcome_of(400, {}, raw)
+    outcome = classify.fit_to_keep(outcome, KEY, "a ticket, " * 1000)
+    assert len(outcome.shown("a ticket, " * 1000)) < 500
+    assert len(outcome.message) < 5_000
+    assert time.process_time() - before < 0.3
 
 
 # ---- The terminal --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("every", [1, 3])
-async def test_control_characters_of_an_error_do_not_reach_the_terminal(every: int, desk: Desk) -> None:
+async def test_control_characters_of_an_error_do_not_reach_the_terminal(every: int, desk: Desk):
     brisk(desk)
     desk.write(numbered(10))
     async with Gateway(failing("control_400", every)) as gateway:
@@ -177,19 +286,18 @@ async def test_control_characters_of_an_error_do_not_reach_the_terminal(every: i
     assert not control_characters(done.stdout + done.stderr)
 
 
-async def test_control_characters_of_a_reply_reach_neither_the_terminal_nor_the_bytes_of_the_file(desk: Desk) -> None:
+async def test_control_characters_of_a_reply_reach_neither_the_terminal_nor_the_bytes_of_the_file(desk: Desk):
     brisk(desk)
     desk.write(numbered(25))
     async with Gateway(saying("\x1b[31mred\x9b2J\u202e\x07\x08 \u2028")) as gateway:
         done = await desk.run(gateway, *NO_LIMIT)
-    assert "stopped: " in done.stderr
+    assert "Stopped: " in done.stdout
     assert not control_characters(done.stdout + done.stderr)
-    for path in desk.folder.glob("labels.jsonl*"):
-        assert path.suffix == ".lock" or not control_characters(path.read_text(encoding="utf-8"))
+    assert not control_characters(desk.output.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("where", ["ticket id", "label column", "location", "header"])
-async def test_control_characters_from_elsewhere_do_not_reach_the_terminal_either(where: str, desk: Desk) -> None:
+@pytest.mark.parametrize("where", ["ticket id", "label column", "column", "location", "header", "code", "finish"])
+async def test_control_characters_from_elsewhere_do_not_reach_the_terminal_either(where: str, desk: Desk):
     nasty = "x\x1b[31mred\x9b2J\u202e"
     brisk(desk, MAX_RETRIES=0)
 
@@ -197,13 +305,17 @@ async def test_control_characters_from_elsewhere_do_not_reach_the_terminal_eithe
         await request.read()
         if where == "location":
             return web.Response(status=302, headers={"Location": "/\u202e\x9b2J"})
+        if where == "code":
+            return web.json_response({"error": {"code": nasty, "type": nasty}}, status=400)
+        if where == "finish":
+            return web.json_response(answered("", finish_reason=f"length:{nasty}"))
         if where == "header":  # which aiohttp's own server would not send
             request.transport.write(b"HTTP/1.1 200 \x1b[31mred\r\nX: \x1b[31mred\r\nSet-Cookie: \x1b]0;t\x07\r\n\r\n{}")
             request.transport.close()
         return web.Response(status=400)
 
     desk.write([(nasty if where == "ticket id" else "t", "text", nasty if where == "label column" else "")],
-               header=("id", "body", "label"))  # fmt: skip
+               header=("id", nasty if where == "column" else "body", "label"))  # fmt: skip
     async with served(answer) as url:
         done = await desk.run(None, *NO_LIMIT, TOKENHUB_URL=url)
     assert done.status in (1, 2)
@@ -214,17 +326,42 @@ async def test_control_characters_from_elsewhere_do_not_reach_the_terminal_eithe
 
 
 @pytest.mark.parametrize("fault", ["redirect", "redirect_307"])
-async def test_a_redirect_is_not_followed(fault: str, desk: Desk) -> None:
+async def test_a_redirect_is_not_followed(fault: str, desk: Desk):
     brisk(desk)
     desk.write(numbered(10))
     async with Gateway(failing(fault)) as gateway, Gateway(QUICK) as elsewhere:
-        gateway.redirect_to = elsewhere.url
+        gateway.redirect_to = f"{elsewhere.url}?key={KEY}"
         done = await desk.run(gateway, *NO_LIMIT, "--concurrency", "2")
     assert elsewhere.requests == 0
+    assert files_with(KEY, desk) == []
     assert gateway.requests <= 2
     assert done.status == 1
-    assert "302" in done.stderr or "307" in done.stderr
-    assert "check TOKENHUB_URL" in done.stderr
+    assert re.search("Stopped: 30[27], the address redirects.* Set TOKENHUB_URL", done.stdout)
+
+
+ALLOWED = {  # an address, and where requests go then
+    "https://api.example.com": "https://api.example.com/chat/completions",
+    "https://8.8.8.8/v1": "https://8.8.8.8/v1/chat/completions",
+    "HTTPS://Api.Example.com/v1/": "https://api.example.com/v1/chat/completions",
+    " https://x.test/v1/chat/completions/\n": "https://x.test/v1/chat/completions",
+    "https://x.test/openai/v1?api-version=1": "https://x.test/openai/v1/chat/completions?api-version=1",
+    "http://localhost:11434/v1": "http://localhost:11434/v1/chat/completions",
+    "http://127.0.0.1:8000/v1": "http://127.0.0.1:8000/v1/chat/completions",
+    "http://0.0.0.0:1/v1": "http://127.0.0.1:1/v1/chat/completions",
+    "http://[::1]:8000/v1": "http://[::1]:8000/v1/chat/completions",
+    "http://192.168.1.5:8000/v1": "http://192.168.1.5:8000/v1/chat/completions",
+    "http://10.0.0.1/v1": "http://10.0.0.1/v1/chat/completions",
+    "http://172.16.0.1/v1": "http://172.16.0.1/v1/chat/completions",
+    "http://[fd00::1]/v1": "http://[fd00::1]/v1/chat/completions",
+    "http://host.docker.internal:11434/v1": "http://host.docker.internal:11434/v1/chat/completions",
+    "http://studio.local:1234/v1": "http://studio.local:1234/v1/chat/completions",
+    "http://vllm:8000/v1": "http://vllm:8000/v1/chat/completions",
+}
+
+
+@pytest.mark.parametrize("given", ALLOWED)
+def test_an_address_may_have_the_key_by_https_or_near_this_machine(given: str):
+    assert classify.checked_url(given) == URL(ALLOWED[given])
 
 
 @pytest.mark.parametrize(
@@ -235,8 +372,16 @@ async def test_a_redirect_is_not_followed(fault: str, desk: Desk) -> None:
         "http://127.0.0.1@evil.test/v1",
         "http://localhost.evil.test/v1",
         "http://localhost@evil.test/v1",
-        "http://0.0.0.0:1/v1",
-        "http://192.168.0.1/v1",
+        "http://evil.local.test/v1",
+        "http://evil.notlocal/v1",
+        "http://8.8.8.8/v1",
+        "http://192.169.1.1/v1",
+        "http://172.32.0.1/v1",
+        "http://134744072/v1",  # as resolvers read it: 8.8.8.8
+        "http://0x08080808/v1",
+        "http://010.8.8.8/v1",
+        "http://[2001:4860:4860::8888]/v1",
+        "http://[::ffff:8.8.8.8]/v1",
         "ftp://127.0.0.1/v1",
         "127.0.0.1:8000/v1",
         "api.example.com",
@@ -254,7 +399,7 @@ async def test_a_redirect_is_not_followed(fault: str, desk: Desk) -> None:
         "https://:hunter2@host.test/v1",
     ],
 )
-def test_an_address_that_may_not_have_the_key_is_refused_before_anything_is_sent(url: str, desk: Desk) -> None:
+def test_an_address_that_may_not_have_the_key_is_refused_before_anything_is_sent(url: str, desk: Desk):
     desk.write(numbered(1))
     done = run_here(desk, TOKENHUB_URL=url)
     assert (done.status, done.stdout) == (2, "")
@@ -264,30 +409,205 @@ def test_an_address_that_may_not_have_the_key_is_refused_before_anything_is_sent
     assert not desk.output.exists()
 
 
-@pytest.mark.parametrize(
-    "key", ["sk-two words", "sk-\u00e9", "sk-ключ", "sk-\x07bell", "sk-\nX-Other: 1", "sk-a\r\nHost: evil"]
-)
-def test_a_key_that_cannot_be_a_header_is_refused_and_not_shown(key: str, desk: Desk) -> None:
+ODD_KEYS = {  # and the sign that is named
+    "sk-two words": "a space",
+    "Bearer sk-words": "a space",
+    "sk-a\u00a0b": "a space",
+    "sk-\u00e9": "the sign 'é'",
+    "sk-ключ": "the sign 'к'",
+    "sk-a\u200bb": r"the sign '\u200b'",
+    "sk-\x07bell": r"the sign '\x07'",
+    '"sk-quoted"': "the sign '\"'",
+    "\u201csk-quoted\u201d": "the sign '\u201c'",
+    "'sk-quoted'": "the sign ",
+    "sk-\nX-Other: 1": "a space",
+    "sk-a\r\nHost: evil": "a space",
+}
+
+
+@pytest.mark.parametrize("key", ODD_KEYS)
+def test_a_key_with_a_sign_that_no_key_has_is_refused_by_that_sign_and_not_shown(key: str, desk: Desk):
     desk.write(numbered(1))
     done = run_here(desk, TOKENHUB_KEY=key)
     assert (done.status, done.stdout) == (2, "")
     [line] = done.stderr.splitlines()
-    assert "TOKENHUB_KEY" in line
-    assert key[3:] not in line
+    assert line.startswith(f"classify.py: TOKENHUB_KEY has {ODD_KEYS[key]}")
+    assert key[:4] not in line
     assert not desk.output.exists()
 
 
-async def test_a_proxy_of_the_environment_sees_nothing(desk: Desk) -> None:
+@pytest.mark.parametrize("key", ["sk-!#$%&()*+,-./:;<=>?@[\\]^_`{|}~", " sk-from-a-file\n"])
+async def test_a_key_is_sent_as_it_is_without_the_blanks_around_it(key: str, desk: Desk):
+    brisk(desk)
+    desk.write(numbered(1))
+    async with Witness() as gateway:
+        done = await desk.run(gateway, *NO_LIMIT, TOKENHUB_KEY=key)
+    assert done.status == 0
+    assert [headers["Authorization"] for headers in gateway.headers] == [f"Bearer {key.strip()}"]
+
+
+# ---- Through a proxy, and by a company's certificates --------------------------------------------------
+
+
+class Proxy:
+    """A proxy on this machine: leads every CONNECT to one port, and remembers what it was asked."""
+
+    def __init__(self, to_port: int, status: str = "200 OK") -> None:
+        self.to_port, self.status = to_port, status
+        self.asked: list[str] = []  # the first lines of requests
+        self.headers = ""
+        self.tasks: set[asyncio.Task] = set()
+
+    async def __aenter__(self) -> "Proxy":
+        self.server = await asyncio.start_server(self.handle, "127.0.0.1", 0)
+        self.address = f"127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.server.close()
+        for task in self.tasks:
+            task.cancel()
+
+    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.tasks.add(asyncio.current_task())
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        first, self.headers = head.split("\r\n", 1)
+        self.asked.append(first)
+        writer.write(f"HTTP/1.1 {self.status}\r\n\r\n".encode())
+        if self.status != "200 OK":
+            writer.close()
+            return
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.to_port)
+        with suppress(OSError):
+            await asyncio.gather(pour(reader, far_writer), pour(far_reader, writer))
+
+
+async def pour(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+    while data := await source.read(1 << 16):
+        target.write(data)
+    target.close()
+
+
+@dataclass
+class Company:
+    """A gateway by https whose certificate is a company's own, for a name that only a proxy knows."""
+
+    certificates: Path
+    url: str  # by address
+    port: int
+    requests: list[dict]  # their headers
+
+    name = "https://gateway.test/v1"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"SSL_CERT_FILE": str(self.certificates)}
+
+
+@pytest.fixture
+async def company(desk: Desk) -> AsyncIterator[Company]:
+    brisk(desk, GRACE_S=1, STUCK_S=1, MAX_RETRIES=1)
+    desk.write({"t1": "a crash", "t2": "an invoice"})
+    desk.fresh = True  # aiohttp reads SSL_CERT_FILE when it is imported
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(path := desk.folder / "company.pem")
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1", "gateway.test").configure_cert(tls)
+    requests = []
+
+    async def remember(request: web.BaseRequest) -> web.StreamResponse:
+        requests.append(dict(request.headers))
+        return await labels(request)
+
+    async with served(remember, tls) as url:
+        yield Company(path, url, URL(url).port, requests)
+
+
+LABELS = {"t1": "bug", "t2": "billing"}
+
+
+async def test_a_companys_certificates_are_those_that_ssl_cert_file_names(desk: Desk, company: Company):
+    done = await desk.run(None, *NO_LIMIT, TOKENHUB_URL=company.url, **company.environment)
+    assert (done.status, done.labels) == (0, LABELS)
+
+
+async def test_else_one_line_says_so_and_nothing_is_sent_nor_paid(desk: Desk, company: Company):
+    done = await desk.run(None, *NO_LIMIT, TOKENHUB_URL=company.url)
+    assert (done.status, company.requests, done.ledger) == (1, [], [])
+    assert re.search(r"^Stopped: no secure connection to 127\.0\.0\.1:\d+.*SSL_CERT_FILE", done.stdout, re.M)
+    assert "certificate verify failed" in done.stderr
+
+
+async def test_a_name_that_the_certificate_does_not_have_is_no_secure_connection(desk: Desk, company: Company):
+    url = f"https://localhost:{company.port}/v1"
+    done = await desk.run(None, *NO_LIMIT, TOKENHUB_URL=url, **company.environment)
+    assert (done.status, company.requests) == (1, [])
+    assert "Stopped: no secure connection" in done.stdout
+
+
+@pytest.mark.parametrize(("variable", "scheme"), [("HTTPS_PROXY", "http://"), ("https_proxy", "")])
+async def test_a_proxy_leads_to_an_https_gateway_and_sees_neither_key_nor_texts(
+    desk: Desk, company: Company, variable: str, scheme: str
+):
+    async with Proxy(company.port) as proxy:
+        environment = {variable: scheme + proxy.address, "TOKENHUB_URL": company.name} | company.environment
+        done = await desk.run(None, *NO_LIMIT, **environment)
+    assert (done.status, done.labels) == (0, LABELS)
+    assert set(proxy.asked) == {"CONNECT gateway.test:443 HTTP/1.1"}
+    assert KEY not in proxy.headers
+    assert "authorization" not in proxy.headers.casefold()
+    assert {headers["Authorization"] for headers in company.requests} == {f"Bearer {KEY}"}
+
+
+@pytest.mark.parametrize("names", ["x.test, 127.0.0.1", "*"])
+async def test_a_proxy_sees_nothing_of_what_no_proxy_names(desk: Desk, company: Company, names: str):
+    async with Proxy(company.port) as proxy:
+        environment = {"HTTPS_PROXY": f"http://{proxy.address}", "NO_PROXY": names, "TOKENHUB_URL": company.url}
+        done = await desk.run(None, *NO_LIMIT, **environment | company.environment)
+    assert (done.status, done.labels, proxy.asked) == (0, LABELS, [])
+
+
+async def test_a_proxy_sees_nothing_of_http(desk: Desk):
     brisk(desk)
     desk.write(numbered(3))
-    async with Gateway(QUICK) as gateway, Gateway(QUICK) as proxy:
-        address = f"http://127.0.0.1:{proxy.port}"
-        everywhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"), address)
-        done = await desk.run(gateway, *NO_LIMIT, **everywhere)
-    assert (done.status, gateway.answered, proxy.requests) == (0, 3, 0)
+    async with Gateway(QUICK) as gateway, Proxy(gateway.port) as proxy:
+        names = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+        done = await desk.run(gateway, *NO_LIMIT, **dict.fromkeys(names, f"http://{proxy.address}"))
+    assert (done.status, gateway.answered, proxy.asked) == (0, 3, [])
 
 
-async def test_a_netrc_file_changes_nothing(desk: Desk) -> None:
+async def test_a_proxy_that_wants_a_password_or_is_not_there_is_named_and_its_password_is_not(
+    desk: Desk, company: Company
+):
+    desk.fresh = False
+    async with Proxy(company.port, "407 Proxy Authentication Required") as proxy:
+        url = f"http://me:hunter2@{proxy.address}"
+        refused = await desk.run(None, *NO_LIMIT, TOKENHUB_URL=company.name, HTTPS_PROXY=url)
+    assert "no way through HTTPS_PROXY: 407" in refused.stderr
+    gone = await desk.run(None, *NO_LIMIT, TOKENHUB_URL=company.name, HTTPS_PROXY=url)
+    assert "no way through HTTPS_PROXY: " in gone.stderr
+    for done in (refused, gone):
+        assert (done.status, done.ledger and {row["tokens_in"] for row in done.ledger}) == (1, {0})
+        assert "hunter2" not in done.stdout + done.stderr
+        assert files_with("hunter2", desk) == []
+
+
+@pytest.mark.parametrize(
+    "proxy", ["socks5://hunter2@127.0.0.1:9", "http://[::1", "http://", "http://x:port", "ftp://x"]
+)
+def test_a_proxy_that_is_none_is_refused_before_anything_is_sent(desk: Desk, proxy: str):
+    desk.write(numbered(1))
+    done = run_here(desk, TOKENHUB_URL="https://gateway.test/v1", HTTPS_PROXY=proxy)
+    assert (done.status, done.stdout) == (2, "")
+    [line] = done.stderr.splitlines()
+    assert line.startswith("classify.py: HTTPS_PROXY ")
+    assert "hunter2" not in line
+
+
+# ---- What stays at home, and what is not kept ----------------------------------------------------------
+
+
+async def test_a_netrc_file_changes_nothing(desk: Desk):
     brisk(desk)
     desk.write(numbered(3))
     for name in (".netrc", "_netrc"):
@@ -300,7 +620,7 @@ async def test_a_netrc_file_changes_nothing(desk: Desk) -> None:
     assert {headers["Authorization"] for headers in gateway.headers} == {f"Bearer {KEY}"}
 
 
-async def test_cookies_of_the_gateway_are_not_sent_back(desk: Desk) -> None:
+async def test_cookies_of_the_gateway_are_not_sent_back(desk: Desk):
     brisk(desk)
     desk.write(numbered(10))
 
@@ -311,7 +631,8 @@ async def test_cookies_of_the_gateway_are_not_sent_back(desk: Desk) -> None:
             return response
 
     async with Baker() as gateway:
-        done = await desk.run(gateway, *NO_LIMIT, "--concurrency", "1")
+        url = gateway.url.replace("127.0.0.1", "localhost")  # of an address nobody would keep a cookie
+        done = await desk.run(gateway, *NO_LIMIT, "--concurrency", "1", TOKENHUB_URL=url)
     assert done.status == 0
     assert len(gateway.headers) == 10
     assert not any("Cookie" in headers for headers in gateway.headers)
@@ -329,7 +650,7 @@ INJECTIONS = (
 )
 
 
-async def test_a_ticket_that_gives_orders_is_only_data(desk: Desk) -> None:
+async def test_a_ticket_that_gives_orders_is_only_data(desk: Desk):
     brisk(desk)
     desk.write({text: text for text in INJECTIONS} | {"plain": "Hello"})  # as ids, too
     async with Witness() as gateway:
@@ -363,12 +684,16 @@ def error_with(**fields: object) -> bytes:
 
 
 def answer_with(content: object, **fields: object) -> bytes:
-    return json.dumps({"choices": [{"message": {"content": content}} | fields]}).encode()
+    return json.dumps(answered(content, **fields)).encode()
 
 
 HARMS = {
     "an error code of 5000 digits": Harm(body=error_with(code="9" * 5000)),
     "an error code in other digits": Harm(body=error_with(code="\u0665\u0660\u0663")),
+    "half a character in a message": Harm(400, error_with(code="x", message="a \ud800 b")),
+    "half a character in a code": Harm(400, error_with(code="\ud800", type="\udfff")),
+    "half a character in a finish reason": Harm(body=answer_with("", finish_reason="\ud800")),
+    "bytes that are no text in a header": Harm(302, headers=(("Location", "/\udcff\udc80"),)),
     "a code that is a list": Harm(500, error_with(code=[1], message={"a": 1})),
     "a number of 5000 digits": Harm(body=b'{"usage": ' + b"9" * 5000 + b"}"),
     "bytes that are no UTF-8": Harm(body=b'{"choices": [{"message": {"content": "\xff\xfe"}}]}'),
@@ -388,7 +713,7 @@ HARMS = {
 }  # fmt: skip
 
 
-async def test_half_a_character_in_a_reply_leaves_a_file_that_the_next_run_reads(desk: Desk) -> None:
+async def test_half_a_character_in_a_reply_leaves_a_file_that_the_next_run_reads(desk: Desk):
     brisk(desk)
     desk.write(numbered(2))
     async with served(
@@ -401,15 +726,14 @@ async def test_half_a_character_in_a_reply_leaves_a_file_that_the_next_run_reads
 
 
 @pytest.mark.parametrize("harm", HARMS)
-async def test_no_answer_however_odd_breaks_the_program(harm: str, desk: Desk) -> None:
-    brisk(desk, MAX_RETRIES=1, MAX_HOLD_S=5.0, MAX_STUCK_S=1.0, LOGPROBS="logprobs" in harm)
+async def test_no_answer_however_odd_breaks_the_program(harm: str, desk: Desk):
+    brisk(desk, MAX_RETRIES=1, STUCK_S=1, LOGPROBS="logprobs" in harm)
     desk.write(numbered(2))
     async with served(HARMS[harm]) as url:
         done = await desk.finish(await desk.start(None, *NO_LIMIT, TOKENHUB_URL=url), within_s=10)
     assert done.status == (0 if "logprobs" in harm else 1)
-    assert not [
-        line for line in done.stderr.splitlines() if not re.match(r"\d+ of \d|ticket |stopped: |the gateway", line)
-    ]
+    assert len(done.stdout.splitlines()) >= 4, "the report is missing"
+    assert max(map(len, (done.stdout + done.stderr).splitlines())) < 600
 
 
 MOST_KB = 12_000  # an answer in flight may take
@@ -432,8 +756,8 @@ def bomb() -> Harm:
     ids=["2 MB", "nested JSON", "30 MB", "30 MB of error", "100 MB in gzip"],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere peaks of memory have other units, or are not known")
-async def test_a_huge_answer_costs_neither_memory_nor_the_run(harm: Callable[[], Harm], desk: Desk) -> None:
-    brisk(desk, MAX_RETRIES=0)
+async def test_a_huge_answer_costs_neither_memory_nor_the_run(harm: Callable[[], Harm], desk: Desk):
+    brisk(desk, MAX_RETRIES=0, IN_A_ROW=100)
     desk.write(numbered(8))
     peaks_kb = []
     for answer in (error_saying("no"), harm()):
@@ -441,6 +765,6 @@ async def test_a_huge_answer_costs_neither_memory_nor_the_run(harm: Callable[[],
             process = await desk.start(None, *NO_LIMIT, TOKENHUB_URL=url)
             done = await desk.finish(process)
         assert done.status == 1
-        assert done.stderr.count("failed: ") == 8
+        assert "0 labelled" in done.stdout
         peaks_kb.append(process.peak_kb)
     assert peaks_kb[1] - peaks_kb[0] < 8 * MOST_KB
