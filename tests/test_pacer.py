@@ -1,4 +1,4 @@
-"""The real Pacer against stand-in gateways in virtual time: a minute of waiting takes no time at all.
+"""The real Door against stand-in gateways in virtual time: a minute of waiting takes no time at all.
 
 `python -m tests.test_pacer [--tickets N] [--seeds N] [GROUP...]` prints the whole table of worlds. Its figures are
 flattered in one way: the first free allowance of a window counts, so that a share can be above 1.
@@ -19,17 +19,19 @@ from statistics import mean
 
 import pytest
 
-import classify
-from classify import FAILED, LET_IN, NOT_SENT, REFUSED, TIMED_OUT, Pacer
+from classify import MIN_USUAL_SHARE, Door, Signal
 from tests.gateway import Bucket, FixedWindow, SlidingWindow
 
-LIMITERS = {
-    "bucket of 5": lambda per_s: Bucket(per_s, 5),
-    "sliding 10 s": lambda per_s: SlidingWindow(round(per_s * 10), 10),
-    "sliding 60 s": lambda per_s: SlidingWindow(round(per_s * 60), 60),
-    "fixed 10 s": lambda per_s: FixedWindow(round(per_s * 10), 10),
-    "fixed 60 s": lambda per_s: FixedWindow(round(per_s * 60), 60),
+LIMITERS = {  # the last argument: refused requests count against the limit
+    "bucket of 5": lambda per_s, counted: Bucket(per_s, 5, counted),
+    "bucket of 50": lambda per_s, counted: Bucket(per_s, 50, counted),
+    "sliding 10 s": lambda per_s, counted: SlidingWindow(round(per_s * 10), 10, counted),
+    "sliding 60 s": lambda per_s, counted: SlidingWindow(round(per_s * 60), 60, counted),
+    "fixed 10 s": lambda per_s, counted: FixedWindow(round(per_s * 10), 10, counted),
+    "fixed 60 s": lambda per_s, counted: FixedWindow(round(per_s * 60), 60, counted),
 }
+KINDS = [name for name in LIMITERS if name != "bucket of 50"]
+ADMITTED, REFUSED, FAILED, TIMED_OUT, NOT_SENT = Signal
 WORKERS = 40
 
 
@@ -40,6 +42,7 @@ class VirtualTime(selectors.SelectSelector):
 
     def select(self, timeout: float | None = None) -> list:
         assert timeout is not None, "everybody waits for ever"
+        assert timeout < 86_400, "everybody waits for ever"
         self.now += max(timeout, 0)
         return []
 
@@ -66,12 +69,16 @@ class World:
     told: float = 600  # rpm
     limiter: str = ""
     form: str = "seconds"  # of Retry-After
+    counts_refused: bool = False
     noise: float = 0.0  # share of the requests that are refused or fail whatever the pace
     noise_signs: tuple[str | int, ...] = (REFUSED,)
     noise_wait_s: float | None = 1.0
+    noise_from_s: float = 0.0
+    noisy_s: tuple[float, float] = (1, 1)  # so many seconds in every so many
     hang: float = 0.0
     hanging_tickets: int = 0  # one in 60, so many in all
     latency_s: tuple[float, float] = (0.21, 0.39)
+    tail: float = 0.0  # share of the answers that take ten times as long
     slots: int = 0  # works on so many requests at a time,
     slot_s: float = 0.0  # so long on each,
     freed: bool = True  # and drops what a client gave up
@@ -92,7 +99,7 @@ class Trial:
     signs: Counter
     answers: list[float]
     by_client: list[int]  # answers, when the first client had finished
-    pacers: list[Pacer]
+    doors: list[Door]
 
     @property
     def refused(self) -> float:
@@ -113,7 +120,9 @@ class Server:
     def __init__(self, world: World, seed: int) -> None:
         self.world, self.random = world, random.Random(seed)
         self.offset_s = self.random.uniform(0, 60)
-        self.limiter = LIMITERS[world.limiter](world.possible) if world.limiter else None
+        self.limiter = None
+        if world.limiter:
+            self.limiter = LIMITERS[world.limiter](world.possible, world.counts_refused)
         self.outage_at = world.outage[0] + self.random.uniform(0, 5)
         self.busy, self.free_at, self.slots = 0, [0.0] * world.slots, asyncio.Semaphore(world.slots or 1)
 
@@ -122,7 +131,7 @@ class Server:
         await asyncio.sleep(self.random.uniform(0.003, 0.007))
         world, now = self.world, asyncio.get_running_loop().time()
         sign, wait_s = self.refusal(now)
-        if sign != LET_IN:
+        if sign != ADMITTED:
             await asyncio.sleep(0.05)
             return sign, wait_s
         if is_hanging(number, world.hanging_tickets) or self.random.random() < world.hang:
@@ -138,7 +147,7 @@ class Server:
         world = self.world
         if self.outage_at <= now < world.outage[1]:
             return FAILED, None
-        noisy = self.random.random() < world.noise
+        noisy = self.random.random() < world.noise and self.is_noisy_at(now)
         if self.limiter:
             if world.change[1] and now >= world.change[0]:
                 change_limit(self.limiter, world.change[1])
@@ -149,7 +158,12 @@ class Server:
             return sign, world.noise_wait_s if sign == REFUSED else None
         if 0 < world.most_in_flight <= self.busy:
             return REFUSED, world.noise_wait_s
-        return LET_IN, None
+        return ADMITTED, None
+
+    def is_noisy_at(self, now: float) -> bool:
+        world = self.world
+        noisy_s, period_s = world.noisy_s
+        return now >= world.noise_from_s and (now + self.offset_s) % period_s < noisy_s
 
     async def work(self, now: float) -> object:
         world = self.world
@@ -157,16 +171,18 @@ class Server:
             try:
                 async with asyncio.timeout(world.timeout_s), self.slots:
                     await asyncio.sleep(world.slot_s)
-                    return LET_IN
+                    return ADMITTED
             except TimeoutError:
                 return TIMED_OUT
         took_s = self.random.uniform(*world.latency_s)
+        if world.tail and self.random.random() < world.tail:
+            took_s *= 10
         if world.slots:
             done_at = max(now, heapq.heappop(self.free_at)) + world.slot_s
             heapq.heappush(self.free_at, done_at)
             took_s = done_at - now
         await asyncio.sleep(min(took_s, world.timeout_s))
-        return LET_IN if took_s < world.timeout_s else TIMED_OUT
+        return ADMITTED if took_s < world.timeout_s else TIMED_OUT
 
 
 def is_hanging(ticket: int, tickets: int) -> bool:
@@ -189,22 +205,22 @@ def told_wait_s(form: str, wait_s: float, now: float) -> float | None:
 async def label_all(world: World, tickets: int, seed: int) -> Trial:
     """The clients' loop: as many workers as may be in flight, each ticket until it is answered."""
     loop, server = asyncio.get_running_loop(), Server(world, seed)
-    pacers = [Pacer(world.told, WORKERS) for _ in range(world.clients)]
-    trial = Trial(0, 0, Counter(), [], [], pacers)
+    doors = [Door(world.told, WORKERS, world.timeout_s) for _ in range(world.clients)]
+    trial = Trial(0, 0, Counter(), [], [], doors)
     by_client = Counter()
 
     async def work(client: int, numbers: Iterator[int], rng: random.Random) -> None:
-        pacer = pacers[client]
+        door = doors[client]
         for number in numbers:
             for failures in range(9):
                 sign = None
                 while sign in (None, REFUSED):
-                    started = await pacer.turn()
+                    started = await door.enter()
                     sign, retry_after_s = await server.answer(number)
                     trial.signs[sign] += 1
-                    wait_s = pacer.ended(started, sign, retry_after_s)
-                    await asyncio.sleep(wait_s if sign != LET_IN else 0)
-                if sign == LET_IN:
+                    wait_s = door.leave(started, sign, retry_after_s)
+                    await asyncio.sleep(wait_s if sign != ADMITTED else 0)
+                if sign == ADMITTED:
                     trial.answers.append(loop.time())
                     by_client[client] += 1
                     break
@@ -226,12 +242,7 @@ async def label_all(world: World, tickets: int, seed: int) -> Trial:
 
 
 def tried(world: World, tickets: int = 1200, seed: int = 100) -> Trial:
-    """One run, with the world's time-out as TIMEOUT."""
-    before, classify.TIMEOUT = classify.TIMEOUT, world.timeout_s
-    try:
-        return in_virtual_time(label_all(world, tickets, seed))
-    finally:
-        classify.TIMEOUT = before
+    return in_virtual_time(label_all(world, tickets, seed))
 
 
 # ---- claims ----
@@ -245,7 +256,7 @@ def test_the_limit_is_found_and_hardly_ever_met(limiter, told, possible, share, 
     trial = tried(World(possible, told, limiter))
     assert trial.share >= share
     assert trial.refused <= refused
-    assert trial.pacers[0].limit_found == (told > 60 * possible)
+    assert trial.doors[0].pace.limit_found == (told > 60 * possible)
 
 
 @pytest.mark.parametrize("noise", [0.03, 0.1, 0.3])
@@ -253,7 +264,7 @@ def test_the_limit_is_found_and_hardly_ever_met(limiter, told, possible, share, 
 def test_refusals_that_come_at_any_pace_do_not_slow_it_down(noise, wait_s):
     trial = tried(World(10 * (1 - noise), noise=noise, noise_wait_s=wait_s), 3000)
     assert trial.share >= 0.8
-    assert not trial.pacers[0].limit_found
+    assert not trial.doors[0].pace.limit_found
 
 
 def test_neither_do_failures():
@@ -281,8 +292,8 @@ def test_a_slow_server_is_fully_used_with_few_time_outs(freed):
 def test_without_a_limit_as_many_are_in_flight_as_may_be():
     trial = tried(World(40 / 0.255, told=0, latency_s=(0.1, 0.4)), 10_000)
     assert trial.share >= 0.9
-    assert trial.pacers[0].window == WORKERS
-    assert not trial.pacers[0].limit_found
+    assert trial.doors[0].window.size == WORKERS
+    assert not trial.doors[0].pace.limit_found
 
 
 @pytest.mark.parametrize("most", [5, 10])
@@ -293,53 +304,53 @@ def test_a_limit_of_requests_in_flight_makes_the_window_not_the_pace(told, most)
     assert trial.refused <= 0.02
 
 
-async def refuse_the_last_of(pacer: Pacer, in_flight: int) -> None:
+async def refuse_the_last_of(door: Door, in_flight: int) -> None:
     """Until the alarm is judged."""
-    while not pacer.alarm_at:
-        pacer.window, pacer.noise = in_flight, classify.QUIET
-        *others, last = [await pacer.turn() for _ in range(in_flight)]
+    while door.pace.alarm.raised_at is None:
+        door.window.size, door.pace.alarm.usual_share = in_flight, MIN_USUAL_SHARE
+        *others, last = [await door.enter() for _ in range(in_flight)]
         for turn in others:
-            pacer.ended(turn, LET_IN)
-        pacer.ended(last, REFUSED, 1.0)
-    pacer.ended(await pacer.turn(), LET_IN)
-    assert not pacer.alarm_at
+            door.leave(turn, ADMITTED)
+        door.leave(last, REFUSED, 1.0)
+    door.leave(await door.enter(), ADMITTED)
+    assert door.pace.alarm.raised_at is None
 
 
 def test_where_only_the_last_in_flight_is_refused_the_window_is_smaller_for_a_minute():
     async def run() -> None:
-        pacer = Pacer(60_000, 40)
-        pace = pacer.pace
+        door = Door(60_000, 40, 60)
+        per_s = door.pace.per_s
         for in_flight in (6, 9):
-            await refuse_the_last_of(pacer, in_flight)
+            await refuse_the_last_of(door, in_flight)
             for wait_s, window in ((0, in_flight - 1), (59, in_flight - 1), (2, in_flight)):
                 await asyncio.sleep(wait_s)
-                pacer.ended(await pacer.turn(), LET_IN)
-                assert (pacer.window, pacer.pace) == (window, pace)
+                door.leave(await door.enter(), ADMITTED)
+                assert (door.window.size, door.pace.per_s) == (window, per_s)
 
     in_virtual_time(run())
 
 
 def test_where_that_happens_again_at_once_it_was_the_pace():
     async def run() -> None:
-        pacer = Pacer(60_000, 40)
-        await refuse_the_last_of(pacer, 6)
-        pace = pacer.pace
-        await refuse_the_last_of(pacer, 5)
-        assert pacer.window == 5
-        assert pacer.pace < pace
+        door = Door(60_000, 40, 60)
+        await refuse_the_last_of(door, 6)
+        per_s = door.pace.per_s
+        await refuse_the_last_of(door, 5)
+        assert door.window.size == 5
+        assert door.pace.per_s < per_s
 
     in_virtual_time(run())
 
 
 def test_a_time_out_halves_a_window_that_is_kept():
     async def run() -> None:
-        pacer = Pacer(60_000, 40)
-        await refuse_the_last_of(pacer, 9)
-        turns = [await pacer.turn() for _ in range(8)]
+        door = Door(60_000, 40, 60)
+        await refuse_the_last_of(door, 9)
+        turns = [await door.enter() for _ in range(8)]
         await asyncio.sleep(10)
         for turn in turns:
-            pacer.ended(turn, TIMED_OUT)
-        assert pacer.window == 4
+            door.leave(turn, TIMED_OUT)
+        assert door.window.size == 4
 
     in_virtual_time(run())
 
@@ -394,31 +405,31 @@ def test_the_pace_never_rises_above_rpm():
     trial = tried(World(20, 600, "bucket of 5"))
     starts = trial.seconds
     assert 1200 / starts <= 10
-    assert trial.pacers[0].pace == trial.pacers[0].most
+    assert trial.doors[0].pace.per_s == trial.doors[0].pace.max_per_s
 
 
 def test_a_lone_refusal_holds_its_own_ticket_only():
     async def run() -> None:
-        pacer = Pacer(600, 40)
+        door = Door(600, 40, 60)
         for _ in range(20):
-            pacer.ended(await pacer.turn(), LET_IN)
-        assert pacer.ended(await pacer.turn(), REFUSED, 30.0) == 30.0
+            door.leave(await door.enter(), ADMITTED)
+        assert door.leave(await door.enter(), REFUSED, 30.0) == 30.0
         before = asyncio.get_running_loop().time()
-        pacer.ended(await pacer.turn(), LET_IN)
+        door.leave(await door.enter(), ADMITTED)
         assert asyncio.get_running_loop().time() - before < 1
-        assert (pacer.refusals, pacer.limit_found) == (1, False)
+        assert (door.refusals, door.pace.limit_found) == (1, False)
 
     in_virtual_time(run())
 
 
 def test_a_row_of_refusals_holds_everybody_as_long_as_the_gateway_asks():
     async def run() -> None:
-        pacer = Pacer(600, 40)
-        while not pacer.alarm_at:
-            pacer.ended(await pacer.turn(), REFUSED, 30.0)
-        assert pacer.refusals <= 3
+        door = Door(600, 40, 60)
+        while door.pace.alarm.raised_at is None:
+            door.leave(await door.enter(), REFUSED, 30.0)
+        assert door.refusals <= 3
         before = asyncio.get_running_loop().time()
-        await pacer.turn()
+        await door.enter()
         assert 30 <= asyncio.get_running_loop().time() - before < 31
 
     in_virtual_time(run())
@@ -426,20 +437,20 @@ def test_a_row_of_refusals_holds_everybody_as_long_as_the_gateway_asks():
 
 def test_the_window_starts_at_four_and_answers_to_quick_answers_and_time_outs():
     async def run() -> None:
-        pacer = Pacer(0, 40)
-        in_flight = [await pacer.turn() for _ in range(4)]
-        fifth = asyncio.ensure_future(pacer.turn())
+        door = Door(0, 40, 60)
+        in_flight = [await door.enter() for _ in range(4)]
+        fifth = asyncio.ensure_future(door.enter())
         await asyncio.sleep(60)
         assert not fifth.done()
         for started in in_flight:
-            pacer.ended(started, TIMED_OUT)
-        assert pacer.window == 2, "one round trip halves it once"
+            door.leave(started, TIMED_OUT)
+        assert door.window.size == 2, "one round trip halves it once"
         for answered in range(1, 50):
-            pacer.ended(await fifth, LET_IN)
-            assert pacer.window == min(2 + answered, 40)
-            fifth = asyncio.ensure_future(pacer.turn())
-        pacer.ended(await fifth, NOT_SENT)
-        assert not pacer.in_flight
+            door.leave(await fifth, ADMITTED)
+            assert door.window.size == min(2 + answered, 40)
+            fifth = asyncio.ensure_future(door.enter())
+        door.leave(await fifth, NOT_SENT)
+        assert not door.in_flight
 
     in_virtual_time(run())
 
@@ -451,35 +462,67 @@ def test_how_long_an_answer_waited_beyond_the_fastest_makes_the_window(first_s, 
     """TIMEOUT is 60: a quarter of it more is quick, half of it more is slow; half of it in all is not quick."""
 
     async def run() -> None:
-        pacer = Pacer(0, 40)
+        door = Door(0, 40, 60)
         for took_s in (first_s, then_s):
-            started = await pacer.turn()
+            started = await door.enter()
             await asyncio.sleep(took_s)
-            pacer.ended(started, LET_IN)
-        assert pacer.window == window
+            door.leave(started, ADMITTED)
+        assert door.window.size == window
 
     in_virtual_time(run())
 
 
 def test_a_request_that_was_never_sent_tells_nothing():
     async def run() -> None:
-        pacer = Pacer(600, 40)
+        door = Door(600, 40, 60)
         for _ in range(10):
-            assert pacer.ended(await pacer.turn(), NOT_SENT) == 0.0
-        assert (pacer.pace, pacer.window, pacer.in_flight) == (pacer.most, 4.0, 0)
+            assert door.leave(await door.enter(), NOT_SENT) == 0.0
+        assert (door.pace.per_s, door.window.size, door.in_flight) == (door.pace.max_per_s, 4.0, 0)
 
     in_virtual_time(run())
 
 
 def test_a_run_that_ends_wakes_everybody_who_waits():
     async def run() -> None:
-        pacer = Pacer(1, 40)
-        waiting = [asyncio.ensure_future(pacer.turn()) for _ in range(100)]
+        door = Door(1, 40, 60)
+        waiting = [asyncio.ensure_future(door.enter()) for _ in range(100)]
         await asyncio.sleep(1)
-        pacer.stopping.set()
-        pacer.admit()
+        door.close()
         await asyncio.gather(*waiting)
         assert asyncio.get_running_loop().time() < 1.1
+
+    in_virtual_time(run())
+
+
+def test_alone_only_one_request_is_in_flight_until_that_is_over():
+    async def run() -> None:
+        door = Door(0, 40, 60)
+        door.alone = True
+        first = await door.enter()
+        waiting = [asyncio.ensure_future(door.enter()) for _ in range(3)]
+        await asyncio.sleep(60)
+        assert not any(one.done() for one in waiting)
+        door.leave(first, ADMITTED)
+        await asyncio.sleep(1)
+        assert [one.done() for one in waiting] == [True, False, False]
+        door.alone = False
+        door.leave(waiting[0].result(), ADMITTED)
+        await asyncio.gather(*waiting)
+        assert door.in_flight == 2
+
+    in_virtual_time(run())
+
+
+@pytest.mark.parametrize("signal", [REFUSED, FAILED])
+def test_an_error_with_retry_after_is_a_refusal_and_all_wait_as_long_in_an_alarm(signal):
+    async def run() -> None:
+        door = Door(600, 40, 60)
+        now = asyncio.get_running_loop().time
+        while door.pace.alarm.raised_at is None:
+            assert door.pace.next_at - now() < 1
+            assert door.leave(await door.enter(), signal, 30.0) == 30.0
+        assert door.pace.next_at - now() == 30
+        assert door.refusals == 3
 
     in_virtual_time(run())
 
@@ -497,7 +540,7 @@ FAULTS = {
 def worlds() -> Iterator[tuple[str, str, World]]:
     """Group, name and world of each line."""
     for per_s in (1, 2, 3):
-        for limiter in LIMITERS:
+        for limiter in KINDS:
             for seconds, latency_s in (("0.3 s", (0.21, 0.39)), ("3 s", (2.1, 3.9))):
                 yield (
                     "low",
@@ -506,14 +549,23 @@ def worlds() -> Iterator[tuple[str, str, World]]:
                 )
     told = {"truth": (1200, 20), "twice": (1200, 10), "ten times": (3000, 5), "nothing": (0, 10)}
     for name, (rpm, per_s) in told.items():
-        for limiter in LIMITERS:
+        for limiter in KINDS:
             for form in ("seconds", "float", "date", "none"):
                 yield "limits", f"{name}, {limiter}, {form}", World(per_s, rpm, limiter, form)
+    for name, rpm in (("truth", 600), ("twice", 1200)):
+        for limiter in KINDS:
+            for form in ("seconds", "none"):
+                yield "counted", f"{name}, {limiter}, {form}", World(10, rpm, limiter, form, True)
+    for share in (0.03, 0.1, 0.25):
+        for name, wait_s in (("Retry-After: 1", 1.0), ("429 without", None)):
+            yield "short", f"{share:.0%} {name}", World(10 - 10 * share, noise=share, noise_wait_s=wait_s)
+    yield "short", "3%, told twice", World(10, 1200, "bucket of 5", noise=0.03)
+    yield "short", "25%, no limit, told none", World(0.75 * 40 / 0.3, 0, noise=0.25)
     for group, latency_s in (("noise", (0.21, 0.39)), ("noise 3 s", (2.1, 3.9))):
         for share in (0.01, 0.03, 0.1, 0.2, 0.3):
             for name, fault in FAULTS.items():
                 yield group, f"{share:.0%} {name}", World(10 - 10 * share, noise=share, latency_s=latency_s, **fault)
-    for limiter in LIMITERS:
+    for limiter in KINDS:
         yield "both", f"3% and half of told, {limiter}", World(5, limiter=limiter, noise=0.03)
         for name, begin, end in (("halves", 10, 5), ("doubles", 5, 10)):
             yield "change", f"{name}, {limiter}", World(begin, 1200, limiter, change=(300, end))
@@ -538,6 +590,23 @@ def worlds() -> Iterator[tuple[str, str, World]]:
             )
     for length in (12, 120):
         yield "outage", f"{length} s", World(10, outage=(60, 60 + length))
+    for name, world in INVENTED.items():
+        yield "invented", name, world
+
+
+# No constant was chosen by these.
+INVENTED = {
+    "60% noise for 5 s in 30": World(9, noise=0.6, noisy_s=(5, 30)),
+    "20% noise from 60 s on": World(8.9, noise=0.2, noise_from_s=60),
+    "a limit of 0.9 of told": World(9, 600, "bucket of 5"),
+    "a limit of 0.95 of told, window": World(9.5, 600, "sliding 60 s"),
+    "10% noise and a second client": World(10, 600, "bucket of 5", noise=0.1, clients=2),
+    "bucket of 50, told twice": World(10, 1200, "bucket of 50"),
+    "a tail: 5% take ten times": World(10, 1200, "sliding 10 s", tail=0.05),
+    "a tail and 10% noise, 3 s": World(9, noise=0.1, tail=0.05, latency_s=(2.1, 3.9)),
+    "counted, 3% noise, told twice": World(10, 1200, "sliding 10 s", counts_refused=True, noise=0.03),
+    "15% noise, no limit, told 30000": World(0.85 * 40 / 0.3, 30_000, noise=0.15),
+}
 
 
 def line(job: tuple[str, World, int, range]) -> str:
@@ -566,9 +635,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("groups", nargs="*")
     parser.add_argument("--tickets", type=int, default=0, help="otherwise what the goal of each group says")
-    parser.add_argument("--seeds", type=int, default=10, help="from 200 on")
+    parser.add_argument("--seeds", type=int, default=10, help="so many, from --first on")
+    parser.add_argument("--first", type=int, default=200)
+    parser.add_argument("--workers", type=int, help="processes; otherwise one for each core")
     options = parser.parse_args()
     usual = {
+        "short": 600,
         "in flight": 10_000,
         "noise": 10_000,
         "noise 3 s": 10_000,
@@ -577,14 +649,14 @@ def main() -> None:
         "change": 5000,
         "slow": 300,
     }
-    seeds = range(200, 200 + options.seeds)
+    seeds = range(options.first, options.first + options.seeds)
     jobs = [
         (f"{group}: {name}", world, options.tickets or usual.get(group, 1200), seeds)
         for group, name, world in worlds()
         if not options.groups or group in options.groups
     ]
     print(f"{'world':44}{'share':>8}{'least':>8}{'refused':>8}{'most':>8}{'hung':>8}")
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(options.workers) as pool:
         for text in pool.map(line, jobs):
             print(text, flush=True)
 
