@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests import trial
-from tests.benchmark import CELLS, main
-from tests.trial import Bench, Outcome, Trial
+from tests import benchmark, trial
+from tests.benchmark import CELLS, WORLDS, as_told, main, trial_in
+from tests.trial import NAIVE, OURS, PEERS, SDK, Bench, Outcome, Trial
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_quick_benchmark_runs_every_contestant_and_its_kill_and_prints_the_tables():
+def test_the_quick_benchmark_runs_every_contestant_and_ours_keeps_all_answers_over_a_kill():
     command = (sys.executable, "-m", "tests.benchmark", "--quick", "--tickets", "20", "a", "e")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -24,6 +24,9 @@ def test_the_quick_benchmark_runs_every_contestant_and_its_kill_and_prints_the_t
     assert titles == ["(a)", "(e)"]
     for contestant in ("classify.py", "semaphore + gather", "OpenAI SDK", "bare loop"):
         assert f"| {contestant} |" in done.stdout
+    killed = [line for line in done.stdout.splitlines() if line.startswith("| classify.py |")][-1]
+    right, wrong, lost, _ = map(int, killed.strip("| ").split(" | ")[2:])
+    assert (right, wrong, lost) == (20, 0, 0)
 
 
 def test_a_contestant_that_breaks_gives_the_benchmark_its_exit_status(tmp_path: Path, monkeypatch):
@@ -34,8 +37,37 @@ def test_a_contestant_that_breaks_gives_the_benchmark_its_exit_status(tmp_path: 
     assert main() == 1
 
 
+def test_a_rival_has_so_many_in_flight_as_its_trial_says(tmp_path: Path):
+    script = trial.Script(rpm=0, latency_s=0.1)
+    [outcome] = Bench(tmp_path, True, None, jobs=1).run([Trial(NAIVE, 20, script, in_flight=4)])
+    assert (outcome.served.max_in_flight, outcome.right) == (4, 20)
+
+
+@pytest.mark.parametrize(
+    ("world", "in_flight"),
+    [
+        ("nothing but the limit", [4]),  # 600 a minute x 0.3 s, and one
+        ("the limit, told twice as much", [7]),
+        ("25% random 429s, no limit, told none", []),
+        ("a slow server: 2 at once, 1.5 s each", [16]),
+    ],
+)
+def test_the_told_pace_says_how_many_in_flight_a_rival_needs(world: str, in_flight: list[int], tmp_path: Path):
+    full = Bench(tmp_path, False, None, jobs=1)
+    assert [few.in_flight for few in as_told(trial_in(world, SDK, full))] == in_flight
+
+
+def test_limits_of_two_kinds_count_what_they_refuse_and_are_told_right_and_twice():
+    worlds = [(script, changes.get("rpm", 600)) for script, changes in WORLDS.values() if script.counts_refused]
+    told = sorted((script.limiter, rpm / script.rpm) for script, rpm in worlds)
+    assert told == [("bucket", 1), ("bucket", 2), ("sliding", 1), ("sliding", 2)]
+
+
 class Untried(Bench):
-    """Makes the outcomes up, and takes note of the trials."""
+    """Makes the outcomes up, and takes note of the trials; everything can be installed."""
+
+    def install(self, who: str) -> str:
+        return ""
 
     def run(self, trials: Iterable[Trial], jobs: int = 1) -> list[Outcome]:
         self.trials = list(trials)
@@ -43,20 +75,53 @@ class Untried(Bench):
         served = SimpleNamespace(
             requests=21, answered=20, refused=1, events=events, billed={}, first_s=0.0, worked_s=2.0, cpu_s=0.1
         )  # fmt: skip
-        return [Outcome(trial, 0, 2.0, 0.5 + trial.tickets / 1e4, 40.0, served, {}) for trial in self.trials]
+        unread = {NAIVE: {"Hello": "other"}}
+        return [
+            Outcome(trial, 0, 2.0, 0.5 + trial.tickets / 1e4, 40.0, served, unread.get(trial.who, {}))
+            for trial in self.trials
+        ]
 
 
 @pytest.mark.parametrize("quick", [True, False])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "picture"])
 def test_a_cell_makes_a_table_of_the_outcomes_of_its_trials(cell: str, quick: bool, tmp_path: Path):
-    if cell == "picture" and not quick:
-        pytest.skip("would draw tests/pace.svg, which is for a true run")
-    bench = Untried(tmp_path, quick, None, jobs=1)
-    title, _, *lines = CELLS[cell](bench).splitlines()
-    assert title.startswith("### The picture" if cell == "picture" else f"### ({cell}) ")
-    if cell == "picture":
-        assert (tmp_path / "pace.svg").stat().st_size > 1000
-    else:
-        header, _, *rows = [line for line in lines if line.startswith("|")]
-        assert len(rows) >= 2
-        assert {row.count("|") for row in rows} == {header.count("|")}
+    title, _, *lines = CELLS[cell](Untried(tmp_path, quick, None, jobs=1)).splitlines()
+    assert title.startswith(f"### ({cell}) ")
+    header, _, *rows = [line for line in lines if line.startswith("|")]
+    assert len(rows) >= 2
+    assert {row.count("|") for row in rows} == {header.count("|")}
+
+
+def test_the_picture_names_the_limit_and_says_why_labels_are_wrong(tmp_path: Path):
+    CELLS["picture"](Untried(tmp_path, True, None, jobs=1))
+    drawn = (tmp_path / "pace.svg").read_text("utf-8")
+    assert len(drawn) < 60_000
+    for words in ("the limit:", "gives up on 1: they get a wrong label", "were refused four times each", "classify.py"):
+        assert f">{words}" in drawn
+
+
+def test_the_picture_that_the_readme_shows_is_small_and_its_text_is_text():
+    drawn = (ROOT / "tests" / "pace.svg").read_text("utf-8")
+    assert len(drawn) < 60_000
+    assert ">all 1,000 right</text>" in drawn
+
+
+def test_peers_stand_in_a_table_and_one_that_cannot_be_installed_in_its_note(tmp_path: Path):
+    class Broken(Untried):
+        def install(self, who: str) -> str:
+            return "ERROR: no such version" if who == "curator" else ""
+
+    tried = CELLS["peers"](Broken(tmp_path, True, None, jobs=1))
+    assert "\ncurator is missing, as it could not be installed: ERROR: no such version\n" in tried
+    contestants = {line.split(" | ")[1] for line in tried.splitlines() if line.startswith("| ")}
+    assert contestants - {"", "--:"} == {OURS, SDK, "async-batch-llm"}
+    assert set(PEERS) == {"curator", "async-batch-llm"}
+
+
+def test_no_peer_is_installed_unless_it_is_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "CELLS", {name: lambda bench, name=name: f"cell {name} ran" for name in CELLS})
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--quick"])
+    assert main() == 0
+    ran = capsys.readouterr().out
+    assert "cell w ran" in ran
+    assert "cell peers ran" not in ran

@@ -39,7 +39,12 @@ PROGRAMS = {
     SDK: HERE / "contestants" / "openai_sdk.py",
 }
 RIVALS = (NAIVE, SDK)
-CONCURRENCY, TIMEOUT_S = 40, 60  # of every contestant
+PEERS = {  # what pip installs for each, in an environment of its own
+    "curator": "bespokelabs-curator==0.1.31",
+    "async-batch-llm": "async-batch-llm[openai]==0.28.0",
+}
+PEER_PROGRAMS = {who: HERE / "contestants" / f"peer_{who.replace('-', '_')}.py" for who in PEERS}
+CONCURRENCY, TIMEOUT_S = 40, 60  # of every contestant, unless said
 
 # ---- The tickets -----------------------------------------------------------------------------------------
 
@@ -60,7 +65,7 @@ def write_tickets(path: Path, numbers: range) -> None:
         rows = csv.writer(file)
         rows.writerow(("id", "body"))
         for n in numbers:
-            rows.writerow((f"t{n}", f"Hello, {TOPICS[n % 5]}. See number {n}. {FILLER[n % 997 :][:1150]}"))
+            rows.writerow((f"t{n}", f"Hello, {TOPICS[n % 5]}. See number {n}. {FILLER[n % 997 :][:1150].strip()}"))
 
 
 # ---- The stand-in, in a process of its own ---------------------------------------------------------------
@@ -81,7 +86,7 @@ class Recorder(Gateway):
         return latency_s
 
 
-SERVED = ("requests", "answered", "refused", "events", "billed", "replies", "first_s", "worked_s")
+SERVED = ("requests", "answered", "refused", "max_in_flight", "events", "billed", "replies", "first_s", "worked_s")
 
 
 async def serve(script: Script | None, pipe: Connection) -> None:
@@ -137,16 +142,11 @@ class Trial:
     who: str
     tickets: int
     script: Script | None = None  # None: the lean server
-    rpm: int = 0  # that classify.py is told, the only one that can be told any; 0: that there is no limit
+    rpm: int = 0  # that is told to all who can be told any; 0: that there is no limit
+    in_flight: int = CONCURRENCY  # at most, of the rivals; classify.py and the peers keep their own number
     killed_once: bool = False  # with signal 9, when half of the tickets are answered; then run again
     runs: int = 1  # processes at a time, each with its share of the tickets and its own output
     timeout_s: float = TIMEOUT_S
-
-    @property
-    def told(self) -> str:
-        if self.who != OURS:
-            return "-"
-        return f"{self.rpm:,}/min" if self.rpm else "no limit"
 
     @property
     def parts(self) -> list[range]:
@@ -210,6 +210,7 @@ class Bench:
         self.speed = 5 if quick else 1  # of every limit
         self.rivals = RIVALS[:1] if quick else RIVALS  # the SDK takes its time to start
         self.broken: set[str] = set()  # contestants that ended in an error
+        self.pythons: dict[str, Path] = {}  # of the peers that are installed
         # Ours is read once, as it may be edited meanwhile; its time-out is the only setting that is no option.
         self.before, self.after = re.split(r"(?<=^TIMEOUT = )\d+", PROGRAMS[OURS].read_text("utf-8"), flags=re.M)
 
@@ -223,6 +224,17 @@ class Bench:
         if not path.exists():
             write_tickets(path, numbers)
         return path
+
+    def install(self, who: str) -> str:
+        """Makes the peer's environment anew, in the temporary folder; returns why that failed, or nothing."""
+        folder = self.folder / f"venv-{who}"
+        python = folder / "bin" / "python"
+        for command in ((sys.executable, "-m", "venv", folder), (python, "-m", "pip", "install", "-q", PEERS[who])):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                return (done.stderr or done.stdout).strip().splitlines()[-1]
+        self.pythons[who] = python
+        return ""
 
     def run(self, trials: Iterable[Trial], jobs: int = 1) -> list[Outcome]:
         """The outcome of each; at most so many at once."""
@@ -264,14 +276,16 @@ class Bench:
             k: v for k, v in os.environ.items() if not k.upper().endswith("_PROXY") and not k.startswith("TOKENHUB")
         }
         ours = {"TOKENHUB_URL": url, "TOKENHUB_KEY": "stand-in-key", "SYSTEM_PROMPT": SYSTEM_PROMPT}
-        ours["TIMEOUT_S"] = f"{trial.timeout_s:g}"  # which the others read
-        program = (PROGRAMS[trial.who],)
+        # The others read these; the peers the pace as well.
+        ours |= {"TIMEOUT_S": f"{trial.timeout_s:g}", "CONCURRENCY": f"{trial.in_flight}", "RPM": f"{trial.rpm}"}
+        python = self.pythons.get(trial.who, sys.executable)
+        program = ((PROGRAMS | PEER_PROGRAMS)[trial.who],)
         if trial.who == OURS:
             program = (folder / "classify.py", "--rpm", f"{trial.rpm}", "--budget", "0")
             program[0].write_text(f"{self.before}{trial.timeout_s:g}{self.after}", "utf-8")
         with open(folder / "log", "a") as log:
             return subprocess.Popen(
-                (sys.executable, "-ISc", MEASURE, sys.executable, *program), cwd=folder, env=clean | ours,
+                (sys.executable, "-ISc", MEASURE, python, *program), cwd=folder, env=clean | ours,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 

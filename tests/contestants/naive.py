@@ -10,7 +10,7 @@ import aiohttp
 URL, KEY = os.environ["TOKENHUB_URL"], os.environ["TOKENHUB_KEY"]
 LABELS = {"billing", "bug", "how-to", "feature-request", "other"}
 PROMPT = os.environ.get("SYSTEM_PROMPT", f"Classify the support ticket. Answer with one of: {', '.join(LABELS)}.")
-CONCURRENCY = 40
+CONCURRENCY = int(os.environ.get("CONCURRENCY", 40))
 MAX_RETRIES = 3
 TIMEOUT_S = float(os.environ.get("TIMEOUT_S", 60))
 

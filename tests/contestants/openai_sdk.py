@@ -9,7 +9,7 @@ from openai import AsyncOpenAI, OpenAIError
 
 LABELS = {"billing", "bug", "how-to", "feature-request", "other"}
 PROMPT = os.environ.get("SYSTEM_PROMPT", f"Classify the support ticket. Answer with one of: {', '.join(LABELS)}.")
-CONCURRENCY = 40
+CONCURRENCY = int(os.environ.get("CONCURRENCY", 40))
 MAX_RETRIES = 5  # as the SDK's README sets it
 TIMEOUT_S = float(os.environ.get("TIMEOUT_S", 60))  # the SDK's own is ten minutes
 
