@@ -48,7 +48,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from email.utils import formatdate, parsedate_to_datetime
 from enum import Enum
-from functools import cache
+from functools import cache, cached_property
 from itertools import count
 from pathlib import Path
 from typing import TextIO
@@ -232,6 +232,11 @@ class Job:
     @property
     def ledger(self) -> Path:
         return self.output.with_suffix(".db")
+
+    @cached_property
+    def is_csv(self) -> bool:
+        """Whether the output is a CSV, with the columns of the tickets' own."""
+        return self.output.suffix == ".csv"
 
     @property
     def host(self) -> str:
@@ -453,7 +458,7 @@ WORD = re.compile(r"[^\W_]")
 
 def cleaned(cell: str) -> str:
     """Leaves out CSS, scripts, embedded files, and blanks around the rest."""
-    if "</" in cell:
+    if "<" in cell:
         for block in BLOCKS:
             cell = block.sub(lambda match: " " if match[1] else match[0], cell)
     if "data:" in cell:
@@ -742,6 +747,7 @@ class Usage:
 NO_TOKENS = Usage(0, 0)
 
 
+@cache
 def price_of(model: str) -> Price | None:
     """None for a model that stands not in PRICES."""
     return Price(*PRICES[model]) if model in PRICES else None
@@ -773,11 +779,17 @@ def estimated_usage(length: int, answers: int = 1) -> Usage:
 
 def worst_usage(asked: str) -> Usage:
     """The most that a request can take: a token has at least one byte."""
-    names = ("max_tokens", "max_completion_tokens")
-    limits = [EXTRA_BODY.get(name) or 0 for name in names]
     # What a chat template adds to each message is a few tokens.
     tokens_in = len(asked.encode()) + 64
-    return Usage(tokens_in, max(MAX_TOKENS, *limits), is_estimated=True)
+    return Usage(tokens_in, most_tokens_out(), is_estimated=True)
+
+
+@cache
+def most_tokens_out() -> int:
+    """The most that a model may answer."""
+    names = ("max_tokens", "max_completion_tokens")
+    limits = [EXTRA_BODY.get(name) or 0 for name in names]
+    return max(MAX_TOKENS, *limits)
 
 
 class Budget:
@@ -950,12 +962,9 @@ class Question:
     # A complete reply that named no label: the model is asked once more.
     unnamed_reply: str | None = None
 
-    def messages(self) -> list[dict]:
-        """The conversation, in the form of the API."""
-        messages = [
-            {"role": "system", "content": SYSTEM_PROMPT},
-            {"role": "user", "content": self.text},
-        ]
+    def conversation(self) -> list[dict]:
+        """The messages behind the system prompt, in the form of the API."""
+        messages = [{"role": "user", "content": self.text}]
         if self.unnamed_reply is not None:
             messages += [
                 {"role": "assistant", "content": self.unnamed_reply},
@@ -965,21 +974,31 @@ class Question:
 
     def body(self) -> bytes:
         """The JSON of the request."""
-        fields = {
-            "model": self.model,
-            "messages": self.messages(),
-            "max_tokens": MAX_TOKENS,
-            "temperature": 0,
-            "logprobs": LOGPROBS or None,
-        }
-        fields |= EXTRA_BODY
-        sent = {name: value for name, value in fields.items() if value is not None}
-        return json.dumps(sent).encode()
+        conversation = json.dumps(self.conversation())
+        return f"{opening(self.model)}, {conversation[1:]}}}".encode()
 
     def asked(self) -> str:
         """All its texts, for counting tokens."""
-        texts = [message["content"] for message in self.messages()]
-        return "".join(texts)
+        texts = [message["content"] for message in self.conversation()]
+        return "".join([SYSTEM_PROMPT, *texts])
+
+
+@cache
+def opening(model: str) -> str:
+    """The JSON of a request up to its conversation, open in the list of messages.
+
+    It is the same each time, and made once, as the prompt may be longer than the ticket.
+    """
+    fields = {
+        "model": model,
+        "max_tokens": MAX_TOKENS,
+        "temperature": 0,
+        "logprobs": LOGPROBS or None,
+    }
+    fields |= EXTRA_BODY
+    sent = {name: value for name, value in fields.items() if value is not None}
+    sent["messages"] = [{"role": "system", "content": SYSTEM_PROMPT}]
+    return json.dumps(sent).removesuffix("]}")
 
 
 def digest_of(model: str, text: str) -> str:
@@ -1123,16 +1142,14 @@ def outcome_of(status: int, headers: Mapping[str, str], raw: bytes) -> Outcome:
 def parse_json(raw: bytes) -> object:
     """None for what is no JSON, such as a page, half an answer, or brackets without end."""
     try:
-        return json.loads(raw.decode("utf-8-sig"))
+        return json.loads(raw)
     except (ValueError, RecursionError):
         return None
 
 
-def dig(data: object, *keys: str) -> object:
+def dig(data: object, key: str) -> object:
     """What stands there in the JSON, or None."""
-    for key in keys:
-        data = data.get(key) if isinstance(data, dict) else None
-    return data
+    return data.get(key) if isinstance(data, dict) else None
 
 
 def first_of(data: object) -> object:
@@ -1314,7 +1331,7 @@ def answer_of(choice: dict, message: object, usage: Usage | None) -> Outcome:
 def kind_of_answer(finish: str, reply: str, label: str | None) -> Kind:
     """Decides by how the answer ended; an unknown reason is a good end."""
     ended_by = finish.casefold().partition(":")[0]
-    if ended_by in ENDED_BY_FILTER | ENDED_BY_TOOL:
+    if ended_by in ENDED_BY_FILTER or ended_by in ENDED_BY_TOOL:
         return WITHHELD
     if ended_by in ENDED_BY_ERROR:
         return BROKEN_OFF
@@ -1339,12 +1356,14 @@ def text_of_content(content: object) -> str:
 
 def parse_usage(usage: object) -> Usage | None:
     """Tokens as the gateway counted them; None where that makes no sense."""
-    tokens_in = dig(usage, "prompt_tokens")
-    tokens_out = dig(usage, "completion_tokens")
-    total = dig(usage, "total_tokens") or 0
+    if not isinstance(usage, dict):
+        return None
+    tokens_in = usage.get("prompt_tokens")
+    tokens_out = usage.get("completion_tokens")
+    total = usage.get("total_tokens") or 0
     # DeepSeek's field, then OpenAI's.
-    cached = dig(usage, "prompt_cache_hit_tokens")
-    cached = cached or dig(usage, "prompt_tokens_details", "cached_tokens") or 0
+    cached = usage.get("prompt_cache_hit_tokens")
+    cached = cached or dig(usage.get("prompt_tokens_details"), "cached_tokens") or 0
     if not all(map(is_token_count, (tokens_in, tokens_out, total, cached))):
         return None
     if not tokens_in or cached > tokens_in:
@@ -1361,7 +1380,7 @@ def is_token_count(value: object) -> bool:
 
 def probability(choice: object) -> float | None:
     """Of the whole reply: e to the sum of its tokens' `logprob`; None where it is not said."""
-    tokens = dig(choice, "logprobs", "content")
+    tokens = dig(dig(choice, "logprobs"), "content")
     if not tokens or not isinstance(tokens, list):
         return None
     logprobs = [dig(token, "logprob") for token in tokens]
@@ -2019,6 +2038,9 @@ class Ledger:
             )
         # A commit writes whole pages: with small ones it costs less.
         execute("PRAGMA page_size = 1024")
+        # The tickets are read many times from disk: with large pages that costs less.
+        execute("PRAGMA temp.page_size = 16384")
+        execute("PRAGMA temp.cache_size = -4000")  # kB
         execute("PRAGMA locking_mode = EXCLUSIVE")
         execute("PRAGMA journal_mode = WAL")
         execute("PRAGMA synchronous = NORMAL")
@@ -2175,7 +2197,6 @@ def refusal_of(error: sqlite3.Error) -> str:
 
 def wanted_row(number: int, ticket: Ticket, job: Job) -> tuple:
     """A row of the table `wanted`, its columns in their order."""
-    is_csv = job.output.suffix == ".csv"
     model = job.model_for(ticket.text) if ticket.text else None
     gold = named_label(ticket.gold) if ticket.gold else None
     return (
@@ -2188,7 +2209,7 @@ def wanted_row(number: int, ticket: Ticket, job: Job) -> tuple:
         ticket.is_cut,
         gold,
         bool(ticket.gold and not gold),
-        json.dumps(ticket.row) if is_csv else None,
+        json.dumps(ticket.row) if job.is_csv else None,
         length_of(ticket.text),
         lot_of(ticket.id) if job.sample else 0,
     )
@@ -2241,12 +2262,11 @@ def write_output(job: Job, ledger: Ledger, tickets: TicketFile) -> Path:
     """
     part = job.output.with_name(f"{job.output.name}.part")
     part.unlink(missing_ok=True)
-    is_csv = job.output.suffix == ".csv"
     # Excel takes a file without a byte-order mark for its old encoding.
-    encoding = "utf-8-sig" if is_csv else "utf-8"
+    encoding = "utf-8-sig" if job.is_csv else "utf-8"
     # "x" because it follows no link that somebody put there.
     with open(part, "x", encoding=encoding, newline="") as file:
-        if is_csv:
+        if job.is_csv:
             write_csv(file, ledger, tickets.layout)
         else:
             file.writelines(map(json_line, ledger.db.execute(JSON_LINES)))
@@ -2432,14 +2452,15 @@ class Trouble:
 
     def hear(self, outcome: Outcome, shown: str):
         """Learns from an outcome."""
+        self.last_error = shown or self.last_error
         if outcome.kind in ANSWERS:
             self.has_answered = True
             self.answer_at_s = self.awake_s
             self.requests = 0
-        else:
-            self.requests += 1
-            self.last_reason = outcome.reason
-        self.last_error = shown or self.last_error
+            self.since_s.clear()
+            return
+        self.requests += 1
+        self.last_reason = outcome.reason
         patience_s = self.patience_with(outcome.kind)
         # What was worse counts for this patience too.
         begun_s = self.awake_s
@@ -2602,11 +2623,13 @@ class Run:
         """Learns from an outcome; returns it with the time that its ticket has to wait."""
         was_alone = self.door.alone and entry.in_flight == 1
         wait_s = self.door.leave(entry, outcome.kind.signal, outcome.wait_s)
+        if wait_s:
+            outcome = replace(outcome, wait_s=wait_s)
         shown = "" if outcome.reply else outcome.shown(question.text)
         self.screen.hear(outcome, shown)
         if self.stopped:
             # What comes after a stop is not its reason.
-            return replace(outcome, wait_s=wait_s)
+            return outcome
         self.trouble.hear(outcome, shown)
         self.rejections.hear(outcome, question)
         self.door.alone = self.rejections.are_suspect(self.trouble.has_answered)
@@ -2617,7 +2640,7 @@ class Run:
             self.stop(Stop(f"every ticket is refused alike: {shown}", MEND_ACCOUNT))
         elif (over_s := self.trouble.over_s()) is not None:
             self.stop(out_of_patience(outcome, shown, over_s))
-        return replace(outcome, wait_s=wait_s)
+        return outcome
 
     def book(self, question: Question, outcome: Outcome):
         """Puts a request into the ledger, and what it cost into the budget."""
@@ -3078,7 +3101,7 @@ def notes(ledger: Ledger, run: Run, usd: float) -> Iterator[str]:
     estimated, long = ledger.one(
         "SELECT total(requests.estimated), total(NOT requests.estimated AND "
         "requests.tokens_out > ?) FROM requests JOIN asked USING (digest)",
-        worst_usage("").tokens_out,
+        most_tokens_out(),
     )
     if estimated:
         yield f"Estimated: the tokens of {counted(int(estimated), 'request')} without `usage`"

@@ -222,10 +222,12 @@ class Desk:
 
 
 @pytest.fixture(autouse=True)
-def fresh_prompt_key() -> Iterator[None]:
-    """A test that changes the prompt in this process leaves no key of it to the next."""
+def fresh_caches() -> Iterator[None]:
+    """A test that changes settings in this process leaves nothing that was made of them to the next."""
     yield
-    classify.prompt_key.cache_clear()
+    for made in vars(classify).values():
+        if hasattr(made, "cache_clear"):
+            made.cache_clear()
 
 
 @pytest.fixture
