@@ -66,7 +66,7 @@ BREAKAGES = [
     Breakage("R8", "the key goes to a proxy", '            headers={"Authorization": f"Bearer {job.key}", "Content-Type": "application/json"},\n            allow_redirects=False,\n', "            headers={\"Authorization\": f\"Bearer {job.key}\"},\n            proxy_headers={\"Authorization\": f\"Bearer {job.key}\"},\n            allow_redirects=False,\n", "trust"),
     Breakage("R9", "a second header is a ticket", "    if row == layout.header or", "    if False and", "exports tickets"),
     Breakage("R9", "only the first problem is told", "        del self.first[5:]", "        del self.first[1:]", "exports tickets"),
-    Breakage("R9", "CSS is sent", '    if "</" in cell:', "    if False:", "exports tickets"),
+    Breakage("R9", "CSS is sent", '    if "<" in cell:', "    if False:", "exports tickets"),
 ]  # fmt: skip
 
 
