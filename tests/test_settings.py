@@ -149,11 +149,38 @@ async def test_file_names_that_are_not_utf8_work(desk: Desk):
 # ---- Environment ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", ["", " \n"], ids=repr)
-def test_a_run_without_a_key_says_how_to_set_one_and_a_dry_run_needs_none(desk: Desk, key: str):
+PROXY = {"TOKENHUB_URL": "https://gateway.test/v1"}
+WRONG_ENVIRONMENT = [
+    *(({"TOKENHUB_KEY": key}, "TOKENHUB_KEY is not set: export TOKENHUB_KEY=..., any word") for key in ("", " \n")),
+    *(
+        ({"TOKENHUB_KEY": key}, f"TOKENHUB_KEY has {sign} in it, which no key has: copy it once more")
+        for key, sign in {
+            "Bearer hunter2": "a space",
+            "hunter2\u00a0b": "a space",
+            "hunter2\r\nX-Other: 1": "a space",
+            "hunter2-\u00e9": "the sign 'é'",
+            "hunter2\u200bb": r"the sign '\u200b'",
+            '"hunter2"': "the sign '\"'",
+            "'hunter2'": 'the sign "\'"',
+        }.items()
+    ),
+    (
+        {"TOKENHUB_URL": "http://example.com/v1"},
+        "TOKENHUB_URL 'http://example.com/v1' may not have the key: give https://",
+    ),
+    *(
+        (PROXY | {"HTTPS_PROXY": proxy}, "HTTPS_PROXY is no address of a proxy: give http://HOST:PORT")
+        for proxy in ("socks5://hunter2@127.0.0.1:9", "http://", "http://x:port")
+    ),
+]
+
+
+@pytest.mark.parametrize(("environment", "said"), WRONG_ENVIRONMENT, ids=str)
+def test_an_environment_that_is_wrong_is_named_and_no_secret_shown(desk: Desk, environment: dict[str, str], said: str):
     desk.write(numbered(1))
-    assert refusal(desk, TOKENHUB_KEY=key).startswith("classify.py: TOKENHUB_KEY is not set")
-    assert run_here(desk, "--dry-run", TOKENHUB_KEY=key).status == 0
+    line = refusal(desk, **environment)
+    assert line.startswith(f"classify.py: {said}")
+    assert "hunter2" not in line
 
 
 class Azure(Witness):
