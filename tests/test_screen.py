@@ -245,7 +245,7 @@ def lines(said: list[Said]) -> list[str]:
     return [one.line for one in said]
 
 
-def test_a_server_that_is_down_is_told_within_ten_seconds_each_minute_and_at_the_end(tmp_path: Path):
+def test_a_server_that_is_down_is_told_within_ten_seconds_and_then_each_minute(tmp_path: Path):
     status, said = night(tmp_path, lambda now, n: (0.1, 503), 100)
     assert status == 1
     assert said[2].line.startswith("503 busy")

@@ -251,15 +251,6 @@ def test_a_megabyte_of_error_takes_no_time_and_no_room(desk: Desk):
 # ---- The terminal --------------------------------------------------------------------------------------
 
 
-async def test_control_characters_of_an_error_do_not_reach_the_terminal(desk: Desk):
-    brisk(desk)
-    desk.write(numbered(10))
-    async with Gateway(replace(QUICK, faults=(Fault("control_400"),))) as gateway:
-        done = await desk.run(gateway, *NO_LIMIT)
-    assert "red" in done.stderr
-    assert not control_characters(done.stdout + done.stderr)
-
-
 async def test_control_characters_of_a_reply_reach_neither_the_terminal_nor_the_bytes_of_the_file(desk: Desk):
     brisk(desk)
     desk.write(numbered(25))
@@ -270,13 +261,13 @@ async def test_control_characters_of_a_reply_reach_neither_the_terminal_nor_the_
     assert not control_characters(desk.output.read_text(encoding="utf-8"))
 
 
-async def test_control_characters_from_elsewhere_do_not_reach_the_terminal_either(desk: Desk):
+async def test_control_characters_of_an_error_a_header_or_the_csv_do_not_reach_the_terminal(desk: Desk):
     nasty = "x\x1b[31mred\x9b2J\u202e"
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
         match text_in(await request.json()):
             case "code":
-                return web.json_response({"error": {"code": nasty, "type": nasty}}, status=400)
+                return web.json_response({"error": {"code": nasty, "message": f"said {nasty}"}}, status=400)
             case "finish":
                 return web.json_response(answered("", finish_reason=f"length:{nasty}"))
             case "header":  # which aiohttp's own server would not send
@@ -291,6 +282,7 @@ async def test_control_characters_from_elsewhere_do_not_reach_the_terminal_eithe
     async with served(answer) as url:
         done = await desk.run(None, *NO_LIMIT, "--concurrency", "1", TOKENHUB_URL=url)
     assert "Stopped: 302" in done.stdout
+    assert "said x" in done.stderr
     assert {row["id"].split()[-1] for row in done.ledger} == {"code", "finish", "header"}
     assert not control_characters(done.stdout + done.stderr)
     desk.write(rows, header=("id", nasty, "label"))
