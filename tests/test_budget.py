@@ -67,18 +67,20 @@ async def test_nearly_all_of_the_budget_is_spent(desk: Desk):
             assert bill_usd(gateway) > 0.97 * 0.02
 
 
-async def test_a_larger_budget_goes_on_where_the_smaller_one_ended(desk: Desk):
+async def test_a_larger_budget_goes_on_where_the_smaller_one_ended_and_0_is_no_limit(desk: Desk):
     brisk(desk)
     desk.write(numbered(50))
+    labelled = 0
     async with Gateway(QUICK) as gateway:
-        done = await desk.run(gateway, "--budget", "0.001", within_s=30)
-        assert done.status == 1
-        assert done.stdout.splitlines()[-1] == (
-            f"Stopped: the budget of $0.001 has no room for another ticket: ${booked_usd(done):.4f} is spent. "
-            f"Raise BUDGET_USD or --budget, then run the same command: {50 - len(done.labels)} tickets are left."
-        )
-        done = await desk.run(gateway, "--budget", "1")
-    assert done.status == 0
+        for budget in ("0.001", "0.002"):
+            done = await desk.run(gateway, "--budget", budget)
+            assert (done.status, len(done.labels) > labelled) == (1, True)
+            labelled = len(done.labels)
+            assert done.stdout.splitlines()[-1] == (
+                f"Stopped: the budget of ${budget} has no room for another ticket: ${booked_usd(done):.4f} is spent. "
+                f"Raise BUDGET_USD or --budget, then run the same command: {50 - labelled} tickets are left."
+            )
+        assert (await desk.run(gateway, "--budget", "0")).status == 0
 
 
 async def test_the_plan_sums_what_is_really_to_be_sent(desk: Desk):
