@@ -116,6 +116,7 @@ WRONG_OPTIONS = [
     (("-o", "tickets.csv"), "-o tickets.csv is the CSV itself: choose another"),
     (("-o", "./x/../tickets.csv"), "-o ./x/../tickets.csv is the CSV itself"),
     (("-o", "link.csv"), "-o link.csv is the CSV itself"),
+    (("link.csv", "-o", "tickets.csv"), "-o tickets.csv is the CSV itself"),
     (("-o", "x.jsonl"), "x.jsonl is there, but was not written from x.db: move it away, or choose another -o"),
     (("-o", "nowhere/labels.jsonl"), "there is no folder "),
 ]
