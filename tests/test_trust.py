@@ -294,13 +294,15 @@ async def test_control_characters_of_an_error_a_header_or_the_csv_do_not_reach_t
 # ---- Where the key goes --------------------------------------------------------------------------------
 
 
-async def test_a_redirect_is_not_followed(desk: Desk):
+async def test_a_redirect_says_where_it_leads_and_is_not_followed(desk: Desk):
     brisk(desk)
     desk.write(numbered(10))
     async with Gateway(replace(QUICK, faults=(Fault("redirect_307"),))) as gateway, Gateway(QUICK) as elsewhere:
         gateway.redirect_to = f"{elsewhere.url}?key={KEY}"
         done = await desk.run(gateway, *NO_LIMIT, "--concurrency", "2")
     assert (done.status, elsewhere.requests) == (1, 0)
+    assert f"307: {elsewhere.url}?key=***" in done.stderr
+    assert "Set TOKENHUB_URL to the address itself" in done.stdout
     assert files_with(KEY, desk) == []
 
 
