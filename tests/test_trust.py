@@ -595,6 +595,7 @@ HARMS = {
     "bytes that are no text in a header": Harm(302, headers=(("Location", "/\udcff\udc80"),)),
     "a code that is a list": Harm(500, error_with(code=[1], message={"a": 1})),
     "a number of 5000 digits": Harm(body=b'{"usage": ' + b"9" * 5000 + b"}"),
+    "brackets that can be read and not looked through": Harm(body=b'{"error": ' + b"[" * 700 + b"]" * 700 + b"}"),
     "bytes that are no UTF-8": Harm(body=b'{"choices": [{"message": {"content": "\xff\xfe"}}]}'),
     "an early hint for ever": Harm(304),
     "no content": Harm(204),
