@@ -12,7 +12,7 @@ import pytest
 from classify import PRICES, Usage, cost_usd
 from tests.conftest import Desk, Done, numbered
 from tests.gateway import Fault, Gateway
-from tests.helpers import QUICK, brisk, summary
+from tests.helpers import QUICK, brisk, side_by_side, summary
 
 CHEAP = replace(QUICK, latency_s=0.02, jitter=0.5)
 
@@ -57,56 +57,30 @@ async def test_the_budget_knows_of_more_tokens_that_the_extra_body_asks_for(desk
     assert bill_usd(gateway) > 0.002
 
 
-@pytest.mark.parametrize(("budget", "length", "least"), [(0.02, 200, 0.97), (0.20, 12_000, 0.95)])
-async def test_nearly_all_of_the_budget_is_spent(desk: Desk, budget: float, length: int, least: float):
+async def test_nearly_all_of_the_budget_is_spent(desk: Desk):
     brisk(desk, CONCURRENCY=40)
-    desk.write({f"t{n}": f"{n} my invoice is wrong ".ljust(length, "x") for n in range(500)})
+    desk.write({f"t{n}": f"{n} my invoice is wrong ".ljust(200, "x") for n in range(500)})
     async with Gateway(CHEAP) as gateway:
         for _ in range(2):
-            done = await desk.run(gateway, "--budget", str(budget), "--rpm", "0")
+            done = await desk.run(gateway, "--budget", "0.02", "--rpm", "0")
             assert done.status == 1
-            assert bill_usd(gateway) > least * budget
-        assert re.search(r"Stopped: the budget of \$[\d.]+ has no room for another ticket", done.stdout)
+            assert bill_usd(gateway) > 0.97 * 0.02
 
 
-async def test_a_larger_budget_goes_on_where_the_smaller_one_ended(desk: Desk):
+async def test_a_larger_budget_goes_on_where_the_smaller_one_ended_and_0_is_no_limit(desk: Desk):
     brisk(desk)
     desk.write(numbered(50))
+    labelled = 0
     async with Gateway(QUICK) as gateway:
-        done = await desk.run(gateway, "--budget", "0.001", within_s=30)
-        assert (done.status, 0 < len(done.labels) < 50) == (1, True)
-        assert done.stdout.splitlines()[-1] == (
-            f"Stopped: the budget of $0.001 has no room for another ticket: ${booked_usd(done):.4f} is spent. "
-            f"Raise BUDGET_USD or --budget, then run the same command: {50 - len(done.labels)} tickets are left."
-        )
-        done = await desk.run(gateway, "--budget", "1")
-    assert (done.status, len(done.labels)) == (0, 50)
-
-
-@pytest.mark.parametrize(
-    ("budget", "shown"), [("0.004", "$0.004"), ("0.5", "$0.50"), ("1.25", "$1.25"), ("1000", "$1,000.00")]
-)
-async def test_a_budget_is_printed_as_it_is(desk: Desk, budget: str, shown: str):
-    desk.write(numbered(3))
-    done = await desk.run(None, "--dry-run", "--budget", budget)
-    assert f"about $0.0002 of the {shown} budget" in done.stdout
-
-
-async def test_a_budget_of_nothing_is_no_budget(desk: Desk):
-    brisk(desk, BUDGET_USD=0.0000001)
-    desk.write(numbered(20))
-    async with Gateway(QUICK) as gateway:
-        done = await desk.run(gateway, "--budget", "0")
-    assert (done.status, len(done.labels)) == (0, 20)
-
-
-async def test_equal_tickets_get_the_label_that_was_paid_though_the_budget_is_spent(desk: Desk):
-    text = "There is a charge on my invoice"
-    desk.write({"a": text, "b": "x" * 12_000, "c": text, "d": text})
-    async with Gateway(QUICK) as gateway:
-        done = await desk.run(gateway, "--budget", "0.0005", "--concurrency", "1")
-    assert (done.status, gateway.requests) == (1, 1)
-    assert sorted(done.labels) == ["a", "c", "d"]
+        for budget in ("0.001", "0.002"):
+            done = await desk.run(gateway, "--budget", budget)
+            assert (done.status, len(done.labels) > labelled) == (1, True)
+            labelled = len(done.labels)
+            assert done.stdout.splitlines()[-1] == (
+                f"Stopped: the budget of ${budget} has no room for another ticket: ${booked_usd(done):.4f} is spent. "
+                f"Raise BUDGET_USD or --budget, then run the same command: {50 - labelled} tickets are left."
+            )
+        assert (await desk.run(gateway, "--budget", "0")).status == 0
 
 
 async def test_the_plan_sums_what_is_really_to_be_sent(desk: Desk):
@@ -156,60 +130,32 @@ async def test_a_504_is_booked_as_perhaps_billed_and_a_connection_that_never_ope
     assert summary(done) == booked
 
 
-@pytest.mark.parametrize("fault", ["content_filter", "no_choices"])
-async def test_answers_that_were_of_no_use_count(desk: Desk, fault: str):
-    brisk(desk, MAX_RETRIES=1)
-    desk.write(numbered(20))
-    async with Gateway(replace(QUICK, faults=(Fault(fault, every=3),))) as gateway:
-        await desk.run(gateway)
-        done = await desk.run(gateway)
-    assert summary(done)[1] == f"Tokens: {gateway.tokens_in:,} in / {gateway.tokens_out:,} out"
-    assert summary(done)[2] == f"Cost  : ${bill_usd(gateway):.4f}"
-
-
-@pytest.mark.parametrize("fault", ["content_filter", "no_choices", "cut_inside", "no_usage", "off_list"])
-async def test_the_budget_holds_over_answers_that_were_of_no_use(desk: Desk, fault: str):
+async def test_the_budget_holds_over_answers_that_were_of_no_use(desk: Desk):
     brisk(desk, MAX_RETRIES=2, BUDGET_USD=0.003, CONCURRENCY=4)
     desk.write(numbered(60))
-    async with Gateway(replace(CHEAP, faults=(Fault(fault, every=2),))) as gateway:
-        for _ in range(2):
-            done = await desk.run(gateway, within_s=30)
-    assert done.status == 1
-    assert bill_usd(gateway) > 0.001
-    assert booked_usd(done) <= 0.003
+
+    async def one(twin: Desk, fault: str) -> None:
+        async with Gateway(replace(CHEAP, faults=(Fault(fault, every=2),))) as gateway:
+            for _ in range(2):
+                done = await twin.run(gateway, within_s=30)
+        assert done.status == 1, fault
+        assert bill_usd(gateway) > 0.001, fault
+        assert booked_usd(done) <= 0.003, fault
+
+    faults = ("content_filter", "no_choices", "cut_inside", "no_usage", "off_list")
+    await side_by_side(desk, [(fault,) for fault in faults], one)
 
 
 # ---- What the gateway tells of tokens
 
 
-async def test_tokens_far_above_max_tokens_are_booked_and_named(desk: Desk):
-    brisk(desk)
-    desk.write(numbered(10))
-    async with Gateway(replace(QUICK, faults=(Fault("usage_too_large"),))) as gateway:
-        done = await desk.run(gateway)
-    assert summary(done)[1] == f"Tokens: {gateway.tokens_in:,} in / 50,000 out"
-    assert summary(done)[2] == f"Cost  : ${bill_usd(gateway):.4f}"
-    assert re.search("^Longer than MAX_TOKENS: 10 ", done.stdout, re.M)
-
-
-@pytest.mark.parametrize("fault", ["no_usage", "null_usage", "absurd_usage"])
-async def test_where_the_gateway_tells_no_usage_it_is_estimated_and_the_report_says_so(desk: Desk, fault: str):
+async def test_where_the_gateway_tells_no_usage_the_line_says_that_it_is_estimated(desk: Desk):
     brisk(desk)
     desk.write(numbered(8))
-    async with Gateway(replace(QUICK, faults=(Fault(fault, every=2),))) as gateway:
+    async with Gateway(replace(QUICK, faults=(Fault("no_usage", every=2),))) as gateway:
         done = await desk.run(gateway)
-    assert (done.status, sum(line.get("estimated", False) for line in done.lines)) == (0, 4)
-    assert "Estimated: the tokens of 4 requests without `usage`" in done.stdout
+    assert sum(line.get("estimated", False) for line in done.lines) == 4
     assert sum(line["tokens_in"] for line in done.lines) == pytest.approx(gateway.tokens_in, rel=0.1)
-
-
-@pytest.mark.parametrize("style", ["deepseek", "openai"])
-async def test_cached_tokens_cost_what_they_cost(desk: Desk, style: str):
-    brisk(desk)
-    desk.write(numbered(3))
-    async with Gateway(replace(QUICK, tokens=(1000, 2), cached_tokens=900, cached_style=style)) as gateway:
-        done = await desk.run(gateway)
-    assert booked_usd(done) == pytest.approx(3 * (100 * 0.27 + 900 * 0.07 + 2 * 1.10) / 1e6)
 
 
 def test_the_cost_of_one_token_keeps_its_digits(monkeypatch: pytest.MonkeyPatch):

@@ -1,9 +1,9 @@
-"""The output as a view of the ledger (R2): whole, in the order of the CSV, and never over what somebody else wrote.
+"""The output as a view of the ledger (R2): what stands in a line, and never over what somebody else wrote.
 
-That each label is what a reply named, each id there once and in order, is checked after every test (tests/bill.py).
+That each label is what a reply named, each id there once and in order, is checked after every test (tests/bill.py);
+an output as CSV is a matter of test_spreadsheet.
 """
 
-import csv
 import json
 import stat
 import sys
@@ -20,27 +20,16 @@ from tests.helpers import QUICK, brisk, summary, until
 FIVE = numbered(5)
 
 
-async def run(desk: Desk, *arguments: str, script: object = QUICK, **constants: object) -> Done:
+async def run(desk: Desk, script: object = QUICK, **constants: object) -> Done:
     """Runs the program with a gateway of its own."""
     brisk(desk, **constants)
     async with Gateway(script) as gateway:
-        return await desk.run(gateway, *arguments, within_s=30)
-
-
-def beside(desk: Desk) -> set[str]:
-    """What stands beside the program and its tickets."""
-    return {path.name for path in desk.folder.iterdir()} - {"classify.py", "tickets.csv"}
+        return await desk.run(gateway, within_s=30)
 
 
 def ids(path: Path) -> list[str]:
     """Of the lines of a file like labels.jsonl."""
     return [json.loads(line)["id"] for line in path.read_bytes().splitlines()]
-
-
-def table_of(path: Path, delimiter: str = ",") -> list[list[str]]:
-    """The cells of a CSV as they are."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        return list(csv.reader(file, delimiter=delimiter))
 
 
 # ---- What stands in it
@@ -62,72 +51,6 @@ async def test_a_line_says_label_model_tokens_and_cost_and_nothing_that_does_not
     assert (b["tokens_in"], b["cost_usd"]) == (600, pytest.approx(2 * cost)), "it was asked once more"
     assert c == {"id": "c"} | {key: a[key] for key in ("label", "model", "digest")} | nothing
     assert d == {"id": "d", "label": "other", "model": None} | nothing
-
-
-async def test_it_is_in_the_order_of_the_csv_whatever_the_order_of_the_answers(desk: Desk):
-    tickets = numbered(40)
-    for order in (tickets, dict(reversed(tickets.items()))):
-        desk.write(order)
-        done = await run(desk, script=replace(QUICK, latency_s=0.03, jitter=1.0), CONCURRENCY=20)
-        assert [line["id"] for line in done.lines] == list(order)
-
-
-async def test_texts_of_any_kind_come_through(desk: Desk):
-    reply = 'Ticket "é 发票 🐞\u2028"\nLabel: billing'
-    desk.write({'ä,\n"b"': "My invoice", "退款": "Refund"})
-    for name in ("labels.jsonl", "labels.csv"):
-        done = await run(desk, "-o", name, script=replace(QUICK, reply=lambda text: reply))
-        assert done.labels == dict.fromkeys(['ä,\n"b"', "退款"], "billing")
-        assert {line["reply"] for line in done.lines} == {reply}
-
-
-# ---- As CSV
-
-
-async def test_a_csv_has_the_columns_of_the_tickets_and_then_the_label(desk: Desk):
-    header = ("id", "Betreff", "body", "label")
-    rows = [("1", "a", "My invoice; wrong", "bug"), ("2", "b", "poison", ""), ("3", "=SUM(A1)", "hm", "x")]
-    desk.write(rows, header)
-    faults = (Fault("status_400", matching="poison"), Fault(off_list("dunno", "dunno\nreally"), matching="hm"))
-    done = await run(desk, "-o", "labels.csv", script=replace(QUICK, faults=faults), LOGPROBS=True)
-    assert done.status == 1
-    raw = (desk.folder / "labels.csv").read_bytes()
-    assert raw.startswith(b"\xef\xbb\xbfid,Betreff,body,label,model_label,confidence,reply\r\n")
-    _, first, third = table_of(done.output)
-    assert first[:5] == [*rows[0], "billing"]
-    assert 0 < float(first[5]) < 1
-    assert third == ["3", "'=SUM(A1)", "hm", "x", "other", "", "dunno\nreally"]
-    assert beside(desk) == {"labels.csv", "labels.db"}
-
-
-@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "=cmd|'/c calc'!A0"])
-async def test_no_cell_is_a_formula_for_a_spreadsheet(desk: Desk, start: str):
-    desk.write([(f"{start}1", f"{start} my invoice", f"{start}2")], ("id", "body", f"{start}more"))
-    done = await run(desk, "-o", "labels.csv", script=replace(QUICK, reply=lambda text: f"{start} billing"))
-    cells = [cell for row in table_of(done.output) for cell in row]
-    assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@", "\t", "\r"))]
-    assert {f"'{start}1", f"'{start} my invoice", f"'{start}2", f"'{start}more"} <= set(cells)
-
-
-@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
-async def test_a_csv_keeps_the_delimiter_of_the_tickets_and_short_rows_fit_the_header(desk: Desk, delimiter: str):
-    rows = [["id", "body", "more"], ["1", "My invoice, and more", "x"], ["2", "A bug"]]
-    desk.tickets.write_text("\n".join(map(delimiter.join, rows)) + "\n")
-    done = await run(desk, "-o", "labels.csv")
-    table = [row[:4] for row in table_of(done.output, delimiter)]
-    assert table == [["id", "body", "more", "model_label"], [*rows[1], "billing"], ["2", "A bug", "", "bug"]]
-
-
-async def test_jsonl_and_csv_beside_each_other_have_one_ledger(desk: Desk):
-    desk.write(FIVE)
-    await run(desk)
-    brisk(desk)
-    async with Gateway(QUICK) as gateway:
-        done = await desk.run(gateway, "-o", "labels.csv")
-        again = await desk.run(gateway)
-    assert (done.status, again.status, gateway.requests) == (0, 0, 0)
-    assert done.labels == again.labels
-    assert beside(desk) == {"labels.csv", "labels.jsonl", "labels.db"}
 
 
 # ---- An editor at it
@@ -153,16 +76,16 @@ def cut_short(output: Path) -> None:
 OTHER_OUTPUT = pytest.mark.breaks(
     "output-whole", "csv-order", "label-true", "fallback-true", "answer-used", "report-true", "exit-true"
 )
-EDITS: dict[str, Callable[[Path], object]] = {
-    "replaced": replaced,
-    "corrected": corrected,
-    "cut short": cut_short,
-    "deleted": lambda output: output.unlink(missing_ok=True),
+EDITS: dict[str, tuple[Callable[[Path], object], bool]] = {  # and whether there was an output before
+    "replaced in the first run": (replaced, False),
+    "replaced": (replaced, True),
+    "corrected": (corrected, True),
+    "cut short": (cut_short, True),
+    "deleted": (lambda output: output.unlink(missing_ok=True), True),
 }
 
 
-@pytest.mark.parametrize("is_there", [False, True], ids=["first run", "later run"])
-@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+@pytest.mark.parametrize(("edit", "is_there"), EDITS.values(), ids=EDITS)
 @OTHER_OUTPUT
 async def test_an_editor_at_the_output_at_any_moment_of_a_run_costs_nothing(
     desk: Desk, edit: Callable[[Path], object], is_there: bool
@@ -188,7 +111,7 @@ async def test_an_editor_at_the_output_at_any_moment_of_a_run_costs_nothing(
         asked = gateway.requests
         desk.output.unlink(missing_ok=True)
         again = await desk.run(gateway)
-    assert (again.status, gateway.requests, list(again.labels)) == (0, asked, list(tickets))
+    assert (again.status, gateway.requests) == (0, asked)
     assert summary(again) == summary(done), "the budget forgets nothing"
 
 
@@ -225,61 +148,31 @@ async def test_an_old_output_of_ours_that_was_put_back_is_ours(desk: Desk):
     assert (done.status, ids(desk.output)) == (0, list(FIVE))
 
 
-@pytest.mark.parametrize("name", ["labels.new.jsonl", "labels.jsonl.tmp", "labels.jsonl~", ".labels.jsonl.swp"])
-async def test_no_other_file_beside_the_output_is_touched_or_believed(desk: Desk, name: str):
-    theirs = desk.folder / name
-    theirs.write_bytes(b'{"id": "t1", "label": "bug"}\n')
+async def test_a_file_where_a_new_output_would_go_is_not_touched_where_none_is_needed(desk: Desk):
+    theirs = desk.folder / "labels.new.jsonl"
+    theirs.write_bytes(b"mine\n")
     desk.write(FIVE)
     done = await run(desk)
-    assert (done.status, done.labels) == (0, dict.fromkeys(FIVE, "billing"))
-    assert theirs.read_bytes() == b'{"id": "t1", "label": "bug"}\n'
-    assert beside(desk) == {"labels.jsonl", "labels.db", name}
-
-
-async def test_an_output_that_was_there_before_the_ledger_is_refused_before_anything_is_sent(desk: Desk):
-    desk.write(FIVE)
-    desk.output.write_bytes(b"mine\n")
-    brisk(desk)
-    async with Gateway(QUICK) as gateway:
-        for option in ((), ("--dry-run",)):
-            done = await desk.run(gateway, *option)
-            assert (done.status, done.stdout, gateway.requests) == (2, "", 0)
-            assert "labels.jsonl is there, but was not written from labels.db: move it away" in done.stderr
-    assert (desk.output.read_bytes(), beside(desk)) == (b"mine\n", {"labels.jsonl"})
+    assert (done.status, theirs.read_bytes()) == (0, b"mine\n")
 
 
 # ---- What a run that came to nothing leaves
 
 
-NO_ANSWER = {
-    "a wrong key": (("--budget", "1"), replace(QUICK, key="another"), "401"),
-    "no budget": (("--budget", "0.0000001"), QUICK, "budget"),
-}
-
-
 @pytest.mark.breaks("report-true", "label-true", "answer-used")
-@pytest.mark.parametrize(("arguments", "script", "why"), NO_ANSWER.values(), ids=NO_ANSWER)
-async def test_a_changed_prompt_and_a_run_without_an_answer_leave_the_output_as_it_was(
-    desk: Desk, arguments: tuple[str, ...], script: object, why: str
-):
+async def test_a_changed_prompt_and_a_run_without_an_answer_leave_the_output_as_it_was(desk: Desk):
     desk.write(FIVE | {"odd": "odd"})
     good = replace(QUICK, faults=(Fault(off_list("hm", "hm, hm"), matching="odd"),))
     await run(desk, script=good, LOGPROBS=True)
     before = desk.output.read_bytes()
-    done = await run(desk, *arguments, script=script, LOGPROBS=True, SYSTEM_PROMPT="Sort it.", GRACE_S=0.1)
+    done = await run(desk, script=replace(QUICK, key="another"), LOGPROBS=True, SYSTEM_PROMPT="Sort it.", GRACE_S=0.1)
     assert done.status == 1
-    assert why in done.stdout
+    assert "401" in done.stdout
     assert desk.output.read_bytes() == before
     done = await run(desk, LOGPROBS=True)
     assert (done.status, desk.output.read_bytes()) == (0, before)
     assert done.lines[0]["confidence"] > 0
     assert done.lines[5]["reply"] == "hm, hm"
-
-
-async def test_a_run_that_is_stopped_writes_what_it_has(desk: Desk):
-    desk.write(numbered(20))
-    done = await run(desk, script=replace(QUICK, faults=(Fault("status_402", first=11),)), CONCURRENCY=1)
-    assert (done.status, list(done.labels)) == (1, list(numbered(10)))
 
 
 async def test_a_final_write_that_fails_still_gives_the_report(desk: Desk):
@@ -292,7 +185,7 @@ async def test_a_final_write_that_fails_still_gives_the_report(desk: Desk):
         assert "NOT WRITTEN: labels.jsonl: [Errno 28] No space left on device. All answers are safe" in done.stdout
         brisk(desk)
         again = await desk.run(gateway)
-    assert (again.status, gateway.requests, len(again.labels)) == (0, 5, 5)
+    assert (again.status, gateway.requests) == (0, 5)
 
 
 # ---- Where it is
@@ -328,30 +221,6 @@ async def test_a_link_that_somebody_put_at_the_private_file_is_not_followed(desk
     desk.write(FIVE)
     done = await run(desk)
     assert (done.status, secret.read_bytes(), ids(desk.output)) == (0, b"mine", list(FIVE))
-
-
-WHERE = {
-    "no such folder": ("away/labels.jsonl", "there is no folder", "make it, or choose another -o"),
-    "a folder": ("there.jsonl", "there.jsonl", "choose another -o"),
-    "the tickets": ("tickets.csv", "is the CSV itself", "choose another"),
-    "the tickets by another path": ("./x/../tickets.csv", "is the CSV itself", "choose another"),
-    "a link to the tickets": ("link.csv", "is the CSV itself", "choose another"),
-    "another ending": ("labels.txt", "-o must end in .jsonl or .csv", ""),
-}
-
-
-@pytest.mark.parametrize(("output", "why", "remedy"), WHERE.values(), ids=WHERE)
-async def test_an_output_that_cannot_be_is_refused_in_one_line(desk: Desk, output: str, why: str, remedy: str):
-    desk.write(FIVE)
-    (desk.folder / "x").mkdir()
-    (desk.folder / "there.jsonl").mkdir()
-    (desk.folder / "link.csv").symlink_to(desk.tickets)
-    before = desk.tickets.read_bytes()
-    done = await run(desk, "-o", output)
-    assert (done.status, done.stdout, desk.tickets.read_bytes()) == (2, "", before)
-    assert done.stderr.count("\n") == 1
-    assert why in done.stderr
-    assert remedy in done.stderr
 
 
 # ---- On the disk

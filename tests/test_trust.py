@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,21 +19,12 @@ from yarl import URL
 
 import classify
 from tests.conftest import KEY, Desk, Done, numbered
-from tests.gateway import PATH, Fault, Gateway, Script, keyword_label
-from tests.helpers import QUICK, Witness, brisk, run_here
+from tests.gateway import PATH, Fault, Gateway, keyword_label
+from tests.helpers import QUICK, Witness, brisk, run_here, side_by_side
 
 SECRET = "Zebra9 Quokka8 Marmot7 Wombat6"  # a ticket's text, in words that nothing else here says
 NO_LIMIT = ("--rpm", "0")
 Answer = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
-
-
-def failing(fault: str, every: int = 1) -> Script:
-    return Script(rpm=0, latency_s=0, refusal_s=0, faults=(Fault(fault, every=every),))
-
-
-def saying(reply: str) -> Script:
-    """A gateway whose model says this, whatever the ticket."""
-    return Script(rpm=0, latency_s=0, reply=lambda _: reply)
 
 
 def words_of(text: str, done: Done) -> set[str]:
@@ -67,13 +58,12 @@ def text_in(body: dict) -> str:
     return body["messages"][1]["content"]
 
 
-def error_saying(message: str | Callable[[str], str], status: int = 400) -> Answer:
-    """Refuses everything with a message, or with what is made of the ticket's text."""
+def error_saying(message: str) -> Answer:
+    """Refuses everything with a message."""
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
-        text = text_in(await request.json())
-        said = message if isinstance(message, str) else message(text)
-        return web.json_response({"error": {"code": "invalid_request", "message": said}}, status=status)
+        await request.read()
+        return web.json_response({"error": {"code": "invalid_request", "message": message}}, status=400)
 
     return answer
 
@@ -89,76 +79,63 @@ def answered(content: object, **choice: object) -> dict:
 
 # ---- The texts of tickets stay out of what is printed --------------------------------------------------
 
-SHAPES = {  # of ticket texts, which a gateway repeats in its error
-    "plain": SECRET,
-    "long": SECRET + " and so on, and on" * 200,
-    "lines": SECRET.replace(" ", "\n"),
-    "spaces": SECRET.replace(" ", "  \t "),
-    "short lines": "my cat\nis Tom\nmy pin\nis 4711\nbye",
-    "short": "pin4711",
-    "quotes": f"\"{SECRET}\" \\ '{SECRET}'",
-    "chinese": "我的密码是四七一一请帮我重置我的账户谢谢",
-}
+SHAPES = (  # of ticket texts, which a gateway repeats in its error
+    SECRET,
+    SECRET + " and so on, and on" * 200,
+    SECRET.replace(" ", "\n"),
+    SECRET.replace(" ", "  \t "),
+    "my cat\nis Tom\nmy pin\nis 4711\nbye",
+    "pin4711",
+    f"\"{SECRET}\" \\ '{SECRET}'",
+    "我的密码是四七一一请帮我重置我的账户谢谢",
+)
+DISGUISES = (  # in which a gateway may repeat a text
+    lambda text: json.dumps({"messages": [{"content": text}]}, ensure_ascii=False),
+    lambda text: json.dumps({"messages": [{"content": text}]}),
+    repr,
+    str.upper,
+    lambda text: text[5:-5],
+    lambda text: f"Authorization: Bearer {KEY}; {text}",
+    lambda text: "x " * 380 + text,
+    lambda text: "x " * 140 + text,
+)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-async def test_a_gateway_that_repeats_key_and_ticket_in_its_error_puts_neither_in_the_log(shape: str, desk: Desk):
-    brisk(desk)
-    desk.write({"t1": SHAPES[shape]})
-    async with Gateway(failing("echo_400")) as gateway:
-        done = await desk.run(gateway, *NO_LIMIT)
+@pytest.mark.parametrize("status", [400, 503])
+async def test_a_gateway_that_repeats_key_and_ticket_in_its_error_puts_neither_in_the_log(status: int, desk: Desk):
+    says = {text: f"bad: {text} Bearer {KEY}" for text in SHAPES}
+    for number, disguise in enumerate(DISGUISES):
+        text = f"{number} {SECRET} Größe {SECRET[::-1]}".replace(" ", "\n")
+        says[text] = disguise(text)
+    codes = {text: f"code_{number}" for number, text in enumerate(says)}
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        text = text_in(await request.json())
+        # A code of its own, as of each reason only the first error is shown.
+        return web.json_response({"error": {"code": codes[text], "message": says[text]}}, status=status)
+
+    brisk(desk, MAX_RETRIES=0, IN_A_ROW=100, OUTAGE=100)
+    desk.write({f"t{number}": text for number, text in enumerate(says)})
+    async with served(answer) as url:
+        done = await desk.run(None, *NO_LIMIT, TOKENHUB_URL=url)
     assert done.status == 1
-    assert "ticket t1 failed: 400 invalid_request" in done.stderr
-    assert words_of(SHAPES[shape], done) <= {"and"}
+    assert [code for code in codes.values() if f"{status} {code}" not in done.stderr] == []
+    assert [words for text in says if (words := words_of(text, done) - {"and"})] == []
     assert KEY[-8:] not in done.stdout + done.stderr
     assert files_with(KEY, desk) == []
-    [row] = done.ledger
-    assert SHAPES[shape][:1000] in row["error"], "what the gateway said stands in the ledger"
+    assert any(SECRET in row["error"] for row in done.ledger), "what the gateway said stands in the ledger"
 
 
-TICKET = "parameters and grammars are hard to read"
-IN_A_ROW = {  # what a gateway says of that ticket, and whether it is shown
-    "the grammar of this request is not valid": True,
-    "it says: parameters and gr... it goes on": True,
-    "it says: parameters and gra... it goes on": False,
-    "it says: PARAMETERS\n\tand-gramm...": False,
-    "": True,
-}
-
-
-@pytest.mark.parametrize("message", IN_A_ROW)
-async def test_what_a_gateway_says_is_shown_except_where_16_letters_in_a_row_are_the_tickets(message: str, desk: Desk):
-    brisk(desk)
-    desk.write({"t1": TICKET})
-    async with served(error_saying(message)) as url:
-        done = await desk.run(None, *NO_LIMIT, TOKENHUB_URL=url)
-    said = "ticket t1 failed: 400 invalid_request" + (f": {message}" if IN_A_ROW[message] and message else "")
-    assert re.search(f"^{re.escape(said)}(: Bad Request|: {{.*)?(;.*)?$", done.stderr, re.M), done.stderr
-
-
-DISGUISES = {
-    "as JSON": lambda text: json.dumps({"messages": [{"content": text}]}, ensure_ascii=False),
-    "as JSON in ASCII": lambda text: json.dumps({"messages": [{"content": text}]}),
-    "as repr": repr,
-    "in capitals": str.upper,
-    "cut short": lambda text: text[5:-5],
-    "with a header": lambda text: f"Authorization: Bearer {KEY}; {text}",
-    "behind a long page": lambda text: "x " * 380 + text,
-    "amid a long page": lambda text: "x " * 140 + text,
-}
-
-
-@pytest.mark.parametrize("status", [400, 402, 429, 503])
-async def test_no_form_of_the_ticket_in_an_error_gets_through(status: int, desk: Desk):
-    brisk(desk, MAX_RETRIES=0, QUOTA_S=1, STUCK_S=1, IN_A_ROW=100)
-    desk.write({name: f"{name}: {SECRET} Größe {SECRET[::-1]}".replace(" ", "\n") for name in DISGUISES})
-    disguise = error_saying(lambda text: DISGUISES[text.replace("\n", " ").partition(":")[0]](text), status)
-    async with served(disguise) as url:
-        done = await desk.run(None, *NO_LIMIT, TOKENHUB_URL=url)
-    assert done.status == 1
-    assert str(status) in done.stderr
-    assert not words_of(f"{SECRET} {SECRET[::-1]}", done)
-    assert files_with(KEY, desk) == []
+def test_a_message_is_the_tickets_where_16_letters_in_a_row_are():
+    ticket = "parameters and grammars are hard to read"
+    messages = {
+        "the grammar of this request is not valid": False,
+        "it says: parameters and gr... it goes on": False,
+        "it says: parameters and gra... it goes on": True,
+        "it says: PARAMETERS\n\tand-gramm...": True,
+        "": False,
+    }
+    assert {message: classify.repeats(message, ticket) for message in messages} == messages
 
 
 async def test_ticket_texts_stand_in_no_output_of_a_run_that_goes_well(desk: Desk):
@@ -169,13 +146,12 @@ async def test_ticket_texts_stand_in_no_output_of_a_run_that_goes_well(desk: Des
     assert done.status == 0
     assert not words_of(SECRET, done)
     assert [files_with(word, desk) for word in SECRET.split()] == [["tickets.csv"]] * 4
-    assert files_with(KEY, desk) == []
 
 
 async def test_a_model_that_only_repeats_the_tickets_stops_the_run_without_showing_one(desk: Desk):
     brisk(desk)
     desk.write({f"t{n}": f"{SECRET} {n}" for n in range(30)})
-    async with Gateway(Script(rpm=0, latency_s=0, reply=lambda text: text)) as gateway:
+    async with Gateway(replace(QUICK, reply=lambda text: text)) as gateway:
         done = await desk.run(gateway, *NO_LIMIT)
     assert "Stopped: deepseek-chat named a label for 0 of the last 20 tickets" in done.stdout
     assert not words_of(SECRET, done)
@@ -210,7 +186,6 @@ def slashes(data: object) -> bytes:
     return text.encode()
 
 
-KEYS = ("sk-ab/cdEFGHA/123456", "sk+ab<cdEFGHA&123456")
 REPEATING = {  # status, body and headers of a gateway that repeats this key
     "in an error": lambda key: (400, slashes({"error": {"code": "a", "message": f"no such key: {key}"}}), {}),
     "in a code": lambda key: (400, slashes({"error": {"code": f"no_{key}"}}), {}),
@@ -232,8 +207,8 @@ REPEATING = {  # status, body and headers of a gateway that repeats this key
 }
 
 
-@pytest.mark.parametrize("key", KEYS)
-async def test_a_key_that_a_gateway_repeats_is_written_nowhere(desk: Desk, key: str):
+async def test_a_key_that_a_gateway_repeats_is_written_nowhere(desk: Desk):
+    key = "sk-ab/c+d<EFGHA&123456"
     brisk(desk, MAX_RETRIES=0, IN_A_ROW=100)
     desk.write({where: f"{where}." for where in REPEATING})
 
@@ -276,174 +251,117 @@ def test_a_megabyte_of_error_takes_no_time_and_no_room(desk: Desk):
 # ---- The terminal --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("every", [1, 3])
-async def test_control_characters_of_an_error_do_not_reach_the_terminal(every: int, desk: Desk):
-    brisk(desk)
-    desk.write(numbered(10))
-    async with Gateway(failing("control_400", every)) as gateway:
-        done = await desk.run(gateway, *NO_LIMIT)
-    assert "red" in done.stderr
-    assert not control_characters(done.stdout + done.stderr)
-
-
 async def test_control_characters_of_a_reply_reach_neither_the_terminal_nor_the_bytes_of_the_file(desk: Desk):
     brisk(desk)
     desk.write(numbered(25))
-    async with Gateway(saying("\x1b[31mred\x9b2J\u202e\x07\x08 \u2028")) as gateway:
+    async with Gateway(replace(QUICK, reply=lambda text: "\x1b[31mred\x9b2J\u202e\x07\x08 \u2028")) as gateway:
         done = await desk.run(gateway, *NO_LIMIT)
     assert "Stopped: " in done.stdout
     assert not control_characters(done.stdout + done.stderr)
     assert not control_characters(desk.output.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("where", ["ticket id", "label column", "column", "location", "header", "code", "finish"])
-async def test_control_characters_from_elsewhere_do_not_reach_the_terminal_either(where: str, desk: Desk):
+async def test_control_characters_of_an_error_a_header_or_the_csv_do_not_reach_the_terminal(desk: Desk):
     nasty = "x\x1b[31mred\x9b2J\u202e"
-    brisk(desk, MAX_RETRIES=0)
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
-        await request.read()
-        if where == "location":
-            return web.Response(status=302, headers={"Location": "/\u202e\x9b2J"})
-        if where == "code":
-            return web.json_response({"error": {"code": nasty, "type": nasty}}, status=400)
-        if where == "finish":
-            return web.json_response(answered("", finish_reason=f"length:{nasty}"))
-        if where == "header":  # which aiohttp's own server would not send
-            request.transport.write(b"HTTP/1.1 200 \x1b[31mred\r\nX: \x1b[31mred\r\nSet-Cookie: \x1b]0;t\x07\r\n\r\n{}")
-            request.transport.close()
-        return web.Response(status=400)
+        match text_in(await request.json()):
+            case "code":
+                return web.json_response({"error": {"code": nasty, "message": f"said {nasty}"}}, status=400)
+            case "finish":
+                return web.json_response(answered("", finish_reason=f"length:{nasty}"))
+            case "header":  # which aiohttp's own server would not send
+                raw = b"HTTP/1.1 200 \x1b[31mred\r\nX: \x1b[31mred\r\nSet-Cookie: \x1b]0;t\x07\r\n\r\n{}"
+                request.transport.write(raw)
+                request.transport.close()
+        return web.Response(status=302, headers={"Location": "/\u202e\x9b2J"})
 
-    desk.write([(nasty if where == "ticket id" else "t", "text", nasty if where == "label column" else "")],
-               header=("id", nasty if where == "column" else "body", "label"))  # fmt: skip
+    brisk(desk, MAX_RETRIES=0, GRACE_S=1)
+    rows = [(f"{nasty} {where}", where, nasty) for where in ("code", "finish", "header", "location")]
+    desk.write(rows, header=("id", "body", "label"))
     async with served(answer) as url:
-        done = await desk.run(None, *NO_LIMIT, TOKENHUB_URL=url)
-    assert done.status in (1, 2)
+        done = await desk.run(None, *NO_LIMIT, "--concurrency", "1", TOKENHUB_URL=url)
+    assert "Stopped: 302" in done.stdout
+    assert "said x" in done.stderr
+    assert {row["id"].split()[-1] for row in done.ledger} == {"code", "finish", "header"}
     assert not control_characters(done.stdout + done.stderr)
+    desk.write(rows, header=("id", nasty, "label"))
+    refused = run_here(desk)
+    assert refused.status == 2
+    assert not control_characters(refused.stderr)
 
 
 # ---- Where the key goes --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", ["redirect", "redirect_307"])
-async def test_a_redirect_is_not_followed(fault: str, desk: Desk):
+async def test_a_redirect_says_where_it_leads_and_is_not_followed(desk: Desk):
     brisk(desk)
     desk.write(numbered(10))
-    async with Gateway(failing(fault)) as gateway, Gateway(QUICK) as elsewhere:
+    async with Gateway(replace(QUICK, faults=(Fault("redirect_307"),))) as gateway, Gateway(QUICK) as elsewhere:
         gateway.redirect_to = f"{elsewhere.url}?key={KEY}"
         done = await desk.run(gateway, *NO_LIMIT, "--concurrency", "2")
-    assert elsewhere.requests == 0
+    assert (done.status, elsewhere.requests) == (1, 0)
+    assert f"307: {elsewhere.url}?key=***" in done.stderr
+    assert "Set TOKENHUB_URL to the address itself" in done.stdout
     assert files_with(KEY, desk) == []
-    assert gateway.requests <= 2
-    assert done.status == 1
-    assert re.search("Stopped: 30[27], the address redirects.* Set TOKENHUB_URL", done.stdout)
 
 
 ALLOWED = {  # an address, and where requests go then
     "https://api.example.com": "https://api.example.com/chat/completions",
-    "https://8.8.8.8/v1": "https://8.8.8.8/v1/chat/completions",
     "HTTPS://Api.Example.com/v1/": "https://api.example.com/v1/chat/completions",
     " https://x.test/v1/chat/completions/\n": "https://x.test/v1/chat/completions",
     "https://x.test/openai/v1?api-version=1": "https://x.test/openai/v1/chat/completions?api-version=1",
     "http://localhost:11434/v1": "http://localhost:11434/v1/chat/completions",
-    "http://127.0.0.1:8000/v1": "http://127.0.0.1:8000/v1/chat/completions",
     "http://0.0.0.0:1/v1": "http://127.0.0.1:1/v1/chat/completions",
     "http://[::1]:8000/v1": "http://[::1]:8000/v1/chat/completions",
     "http://192.168.1.5:8000/v1": "http://192.168.1.5:8000/v1/chat/completions",
-    "http://10.0.0.1/v1": "http://10.0.0.1/v1/chat/completions",
-    "http://172.16.0.1/v1": "http://172.16.0.1/v1/chat/completions",
-    "http://[fd00::1]/v1": "http://[fd00::1]/v1/chat/completions",
     "http://host.docker.internal:11434/v1": "http://host.docker.internal:11434/v1/chat/completions",
     "http://studio.local:1234/v1": "http://studio.local:1234/v1/chat/completions",
     "http://vllm:8000/v1": "http://vllm:8000/v1/chat/completions",
 }
-
-
-@pytest.mark.parametrize("given", ALLOWED)
-def test_an_address_may_have_the_key_by_https_or_near_this_machine(given: str):
-    assert classify.checked_url(given) == URL(ALLOWED[given])
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://api.sandboxclaw.com/v1",
-        "http://127.0.0.1.evil.test/v1",
-        "http://127.0.0.1@evil.test/v1",
-        "http://localhost.evil.test/v1",
-        "http://localhost@evil.test/v1",
-        "http://evil.local.test/v1",
-        "http://evil.notlocal/v1",
-        "http://8.8.8.8/v1",
-        "http://192.169.1.1/v1",
-        "http://172.32.0.1/v1",
-        "http://134744072/v1",  # as resolvers read it: 8.8.8.8
-        "http://0x08080808/v1",
-        "http://010.8.8.8/v1",
-        "http://[2001:4860:4860::8888]/v1",
-        "http://[::ffff:8.8.8.8]/v1",
-        "ftp://127.0.0.1/v1",
-        "127.0.0.1:8000/v1",
-        "api.example.com",
-        "file:///etc/passwd",
-        "https://",
-        "https:///v1",
-        "https://token-hub..example/v1",
-        f"https://{'a' * 64}.example/v1",
-        "https://[::1",
-        "http://[127.0.0.1/v1",
-        "http://127.0.0.1:99999/v1",
-        "http://127.0.0.1:port/v1",
-        "https://user:hunter2@127.0.0.1:1/v1",
-        "http://:hunter2@127.0.0.1:1/v1",
-        "https://:hunter2@host.test/v1",
-    ],
+NOT_ALLOWED = (
+    "http://api.sandboxclaw.com/v1",
+    "http://127.0.0.1.evil.test/v1",
+    "http://127.0.0.1@evil.test/v1",
+    "http://evil.local.test/v1",
+    "http://evil.notlocal/v1",
+    "http://8.8.8.8/v1",
+    "http://134744072/v1",  # as resolvers read it: 8.8.8.8
+    "http://0x08080808/v1",
+    "http://[2001:4860:4860::8888]/v1",
+    "http://[::ffff:8.8.8.8]/v1",
+    "ftp://127.0.0.1/v1",
+    "127.0.0.1:8000/v1",
+    "https://",
+    "https://token-hub..example/v1",
+    "https://[::1",
+    "https://user:hunter2@127.0.0.1:1/v1",
+    "http://:hunter2@127.0.0.1:1/v1",
 )
-def test_an_address_that_may_not_have_the_key_is_refused_before_anything_is_sent(url: str, desk: Desk):
-    desk.write(numbered(1))
-    done = run_here(desk, TOKENHUB_URL=url)
-    assert (done.status, done.stdout) == (2, "")
-    [line] = done.stderr.splitlines()
-    assert "TOKENHUB_URL" in line
-    assert "hunter2" not in line
-    assert not desk.output.exists()
 
 
-ODD_KEYS = {  # and the sign that is named
-    "sk-two words": "a space",
-    "Bearer sk-words": "a space",
-    "sk-a\u00a0b": "a space",
-    "sk-\u00e9": "the sign 'é'",
-    "sk-ключ": "the sign 'к'",
-    "sk-a\u200bb": r"the sign '\u200b'",
-    "sk-\x07bell": r"the sign '\x07'",
-    '"sk-quoted"': "the sign '\"'",
-    "\u201csk-quoted\u201d": "the sign '\u201c'",
-    "'sk-quoted'": "the sign ",
-    "sk-\nX-Other: 1": "a space",
-    "sk-a\r\nHost: evil": "a space",
-}
+def test_an_address_may_have_the_key_by_https_or_near_this_machine():
+    assert {given: str(classify.checked_url(given)) for given in ALLOWED} == ALLOWED
 
 
-@pytest.mark.parametrize("key", ODD_KEYS)
-def test_a_key_with_a_sign_that_no_key_has_is_refused_by_that_sign_and_not_shown(key: str, desk: Desk):
-    desk.write(numbered(1))
-    done = run_here(desk, TOKENHUB_KEY=key)
-    assert (done.status, done.stdout) == (2, "")
-    [line] = done.stderr.splitlines()
-    assert line.startswith(f"classify.py: TOKENHUB_KEY has {ODD_KEYS[key]}")
-    assert key[:4] not in line
-    assert not desk.output.exists()
+def test_another_address_may_not_have_it_and_no_password_is_shown():
+    def refusal(url: str) -> str:
+        try:
+            return f"not refused: {classify.checked_url(url)}"
+        except classify.InputError as error:
+            return str(error)
+
+    refusals = [refusal(url) for url in NOT_ALLOWED]
+    assert [said for said in refusals if not said.startswith("TOKENHUB_URL ") or "hunter2" in said] == []
 
 
-@pytest.mark.parametrize("key", ["sk-!#$%&()*+,-./:;<=>?@[\\]^_`{|}~", " sk-from-a-file\n"])
-async def test_a_key_is_sent_as_it_is_without_the_blanks_around_it(key: str, desk: Desk):
+async def test_a_key_is_sent_as_it_is_without_the_blanks_around_it(desk: Desk):
+    key = "sk-!#$%&()*+,-./:;<=>?@[\\]^_`{|}~"
     brisk(desk)
     desk.write(numbered(1))
     async with Witness() as gateway:
-        done = await desk.run(gateway, *NO_LIMIT, TOKENHUB_KEY=key)
-    assert done.status == 0
-    assert [headers["Authorization"] for headers in gateway.headers] == [f"Bearer {key.strip()}"]
+        await desk.run(gateway, *NO_LIMIT, TOKENHUB_KEY=f" {key}\n")
+    assert [headers["Authorization"] for headers in gateway.headers] == [f"Bearer {key}"]
 
 
 # ---- Through a proxy, and by a company's certificates --------------------------------------------------
@@ -531,26 +449,20 @@ async def test_a_companys_certificates_are_those_that_ssl_cert_file_names(desk: 
     assert (done.status, done.labels) == (0, LABELS)
 
 
-async def test_else_one_line_says_so_and_nothing_is_sent_nor_paid(desk: Desk, company: Company):
+async def test_else_and_for_another_name_one_line_says_so_and_nothing_is_sent_nor_paid(desk: Desk, company: Company):
     done = await desk.run(None, *NO_LIMIT, TOKENHUB_URL=company.url)
     assert (done.status, company.requests, done.ledger) == (1, [], [])
     assert re.search(r"^Stopped: no secure connection to 127\.0\.0\.1:\d+.*SSL_CERT_FILE", done.stdout, re.M)
     assert "certificate verify failed" in done.stderr
-
-
-async def test_a_name_that_the_certificate_does_not_have_is_no_secure_connection(desk: Desk, company: Company):
     url = f"https://localhost:{company.port}/v1"
     done = await desk.run(None, *NO_LIMIT, TOKENHUB_URL=url, **company.environment)
     assert (done.status, company.requests) == (1, [])
     assert "Stopped: no secure connection" in done.stdout
 
 
-@pytest.mark.parametrize(("variable", "scheme"), [("HTTPS_PROXY", "http://"), ("https_proxy", "")])
-async def test_a_proxy_leads_to_an_https_gateway_and_sees_neither_key_nor_texts(
-    desk: Desk, company: Company, variable: str, scheme: str
-):
+async def test_a_proxy_leads_to_an_https_gateway_and_sees_neither_key_nor_texts(desk: Desk, company: Company):
     async with Proxy(company.port) as proxy:
-        environment = {variable: scheme + proxy.address, "TOKENHUB_URL": company.name} | company.environment
+        environment = {"HTTPS_PROXY": proxy.address, "TOKENHUB_URL": company.name} | company.environment
         done = await desk.run(None, *NO_LIMIT, **environment)
     assert (done.status, done.labels) == (0, LABELS)
     assert set(proxy.asked) == {"CONNECT gateway.test:443 HTTP/1.1"}
@@ -559,11 +471,10 @@ async def test_a_proxy_leads_to_an_https_gateway_and_sees_neither_key_nor_texts(
     assert {headers["Authorization"] for headers in company.requests} == {f"Bearer {KEY}"}
 
 
-@pytest.mark.parametrize("names", ["x.test, 127.0.0.1", "*"])
-async def test_a_proxy_sees_nothing_of_what_no_proxy_names(desk: Desk, company: Company, names: str):
+async def test_a_proxy_sees_nothing_of_what_no_proxy_names(desk: Desk, company: Company):
     async with Proxy(company.port) as proxy:
-        environment = {"HTTPS_PROXY": f"http://{proxy.address}", "NO_PROXY": names, "TOKENHUB_URL": company.url}
-        done = await desk.run(None, *NO_LIMIT, **environment | company.environment)
+        ours = {"HTTPS_PROXY": f"http://{proxy.address}", "NO_PROXY": "x.test, 127.0.0.1", "TOKENHUB_URL": company.url}
+        done = await desk.run(None, *NO_LIMIT, **ours | company.environment)
     assert (done.status, done.labels, proxy.asked) == (0, LABELS, [])
 
 
@@ -590,18 +501,6 @@ async def test_a_proxy_that_wants_a_password_or_is_not_there_is_named_and_its_pa
         assert (done.status, done.ledger and {row["tokens_in"] for row in done.ledger}) == (1, {0})
         assert "hunter2" not in done.stdout + done.stderr
         assert files_with("hunter2", desk) == []
-
-
-@pytest.mark.parametrize(
-    "proxy", ["socks5://hunter2@127.0.0.1:9", "http://[::1", "http://", "http://x:port", "ftp://x"]
-)
-def test_a_proxy_that_is_none_is_refused_before_anything_is_sent(desk: Desk, proxy: str):
-    desk.write(numbered(1))
-    done = run_here(desk, TOKENHUB_URL="https://gateway.test/v1", HTTPS_PROXY=proxy)
-    assert (done.status, done.stdout) == (2, "")
-    [line] = done.stderr.splitlines()
-    assert line.startswith("classify.py: HTTPS_PROXY ")
-    assert "hunter2" not in line
 
 
 # ---- What stays at home, and what is not kept ----------------------------------------------------------
@@ -696,12 +595,8 @@ HARMS = {
     "bytes that are no text in a header": Harm(302, headers=(("Location", "/\udcff\udc80"),)),
     "a code that is a list": Harm(500, error_with(code=[1], message={"a": 1})),
     "a number of 5000 digits": Harm(body=b'{"usage": ' + b"9" * 5000 + b"}"),
+    "brackets that can be read and not looked through": Harm(body=b'{"error": ' + b"[" * 700 + b"]" * 700 + b"}"),
     "bytes that are no UTF-8": Harm(body=b'{"choices": [{"message": {"content": "\xff\xfe"}}]}'),
-    "a list for an answer": Harm(body=b"[]"),
-    "a number for an answer": Harm(body=b"1"),
-    "an object for content": Harm(body=answer_with({"type": "text", "text": "billing"})),
-    "absurd logprobs": Harm(body=answer_with("billing", logprobs={"content": [{"token": 1, "logprob": "NaN"}]})),
-    "logprobs beyond sums": Harm(body=answer_with("bug", logprobs={"content": [{"token": "", "logprob": -1e308}] * 9})),
     "an early hint for ever": Harm(304),
     "no content": Harm(204),
     "gzip that is none": Harm(body=b"billing", headers=(("Content-Encoding", "gzip"),)),
@@ -716,44 +611,37 @@ HARMS = {
 async def test_half_a_character_in_a_reply_leaves_a_file_that_the_next_run_reads(desk: Desk):
     brisk(desk)
     desk.write(numbered(2))
-    async with served(
-        Harm(body=answer_with("\ud800 billing")),
-    ) as url:
+    async with served(Harm(body=answer_with("\ud800 billing"))) as url:
         first = await desk.run(None, *NO_LIMIT, TOKENHUB_URL=url)
         second = await desk.run(None, *NO_LIMIT, TOKENHUB_URL=url)
     assert first.status == second.status
     assert first.status in (0, 1)
 
 
-@pytest.mark.parametrize("harm", HARMS)
-async def test_no_answer_however_odd_breaks_the_program(harm: str, desk: Desk):
-    brisk(desk, MAX_RETRIES=1, STUCK_S=1, LOGPROBS="logprobs" in harm)
+async def test_no_answer_however_odd_breaks_the_program(desk: Desk):
+    brisk(desk, MAX_RETRIES=1, STUCK_S=1)
     desk.write(numbered(2))
-    async with served(HARMS[harm]) as url:
-        done = await desk.finish(await desk.start(None, *NO_LIMIT, TOKENHUB_URL=url), within_s=10)
-    assert done.status == (0 if "logprobs" in harm else 1)
-    assert len(done.stdout.splitlines()) >= 4, "the report is missing"
-    assert max(map(len, (done.stdout + done.stderr).splitlines())) < 600
+
+    async def one(twin: Desk, name: str, harm: Harm) -> None:
+        async with served(harm) as url:
+            done = await twin.run(None, *NO_LIMIT, TOKENHUB_URL=url)
+        assert done.status == 1, name
+        assert len(done.stdout.splitlines()) >= 4, f"{name}: the report is missing"
+        assert max(map(len, (done.stdout + done.stderr).splitlines())) < 600, name
+
+    await side_by_side(desk, HARMS.items(), one)
 
 
 MOST_KB = 12_000  # an answer in flight may take
 
 
-def bomb() -> Harm:
-    """A hundred megabytes in less than half of one."""
-    return Harm(body=gzip.compress(b"[" * 100_000_000, compresslevel=1), headers=(("Content-Encoding", "gzip"),))
-
-
 @pytest.mark.parametrize(
     "harm",
     [
-        lambda: Harm(body=b'{"padding": "' + b"x" * 2_000_000 + b'"}'),
-        lambda: Harm(body=b"[" * 1_000_000),
-        lambda: Harm(body=b" " * 30_000_000),
         lambda: Harm(500, b" " * 30_000_000),
-        bomb,
+        lambda: Harm(body=gzip.compress(b"[" * 100_000_000, 1), headers=(("Content-Encoding", "gzip"),)),
     ],
-    ids=["2 MB", "nested JSON", "30 MB", "30 MB of error", "100 MB in gzip"],
+    ids=["30 MB of error", "100 MB in gzip"],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere peaks of memory have other units, or are not known")
 async def test_a_huge_answer_costs_neither_memory_nor_the_run(harm: Callable[[], Harm], desk: Desk):
