@@ -1351,7 +1351,7 @@ def text_of_content(content: object) -> str:
         texts = [dig(part, "text") for part in parts]
         content = "".join(text for text in texts if isinstance(text, str))
     text = content if isinstance(content, str) else ""
-    return writable(text).strip()
+    return text.strip()
 
 
 def parse_usage(usage: object) -> Usage | None:
@@ -1507,6 +1507,9 @@ LATE_S = 0.05
 PRIOR_S = 0.5
 # Of the limit is the pace after an alarm.
 CUT = 0.95
+# At each alarm, so that a rate or a share of long ago does not decide for ever.
+BEST_FADES = 0.98
+LOWEST_GROWS = 1.5
 # Two shares that were measured from a few refusals differ by such a factor by chance.
 ALIKE = 1.7
 # The pace closes its gap to the limit at 1/RISE_S a second, but at most at 1/RISE_ANSWERS an
@@ -1614,12 +1617,12 @@ class Pace:
 
     def note_alarm(self, share: float, now: float):
         """Keeps the best rate and the lowest share; both fade, as the world may change."""
-        is_first = self.lowest_share == 1
+        is_first_alarm = self.lowest_share == 1
         # At first a gateway may let a burst through that tells nothing of its rate.
-        if not is_first:
+        if not is_first_alarm:
             rate_per_s = self.rate_per_s(self.tally.admitted - 1, now)
-            self.best_per_s = max(rate_per_s, 0.98 * self.best_per_s)
-        self.lowest_share = min(1.5 * self.lowest_share, share)
+            self.best_per_s = max(rate_per_s, BEST_FADES * self.best_per_s)
+        self.lowest_share = min(LOWEST_GROWS * self.lowest_share, share)
 
     def accept_noise(self):
         """Goes on at the best rate: the lowest share is refused at any pace."""
