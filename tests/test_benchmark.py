@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests import benchmark, trial
-from tests.benchmark import CELLS, WORLDS, as_told, main, trial_in
+from tests.benchmark import CELLS, as_told, main, trial_in
 from tests.trial import NAIVE, OURS, PEERS, SDK, Bench, Outcome, Trial
 
 ROOT = Path(__file__).parent.parent
@@ -52,12 +52,6 @@ def test_the_told_pace_says_how_many_in_flight_a_rival_needs(tmp_path: Path):
     }
     full = Bench(tmp_path, False, None, jobs=1)
     assert {world: [few.in_flight for few in as_told(trial_in(world, SDK, full))] for world in needed} == needed
-
-
-def test_limits_of_two_kinds_count_what_they_refuse_and_are_told_right_and_twice():
-    worlds = [(script, changes.get("rpm", 600)) for script, changes in WORLDS.values() if script.counts_refused]
-    told = sorted((script.limiter, rpm / script.rpm) for script, rpm in worlds)
-    assert told == [("bucket", 1), ("bucket", 2), ("sliding", 1), ("sliding", 2)]
 
 
 class Untried(Bench):

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.bill import PROMISES, Audit, broken_promises, parse_arguments
+from tests.bill import PROMISES, Audit, broken_promises
 from tests.conftest import Done
 from tests.gateway import (
     ANSWERED,
@@ -29,9 +29,9 @@ from tests.gateway import (
     Item,
     SlidingWindow,
     off_list,
+    parse_arguments,
     serves,
 )
-from tests.gateway import parse_arguments as parse_options
 from tests.helpers import QUICK
 
 LABELS = ["billing", "bug", "how-to", "feature-request", "other"]
@@ -125,7 +125,10 @@ class Night:
         output = self.folder / "labels.jsonl"
         output.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         write_ledger(output.with_suffix(".db"), self.rows, self.disregarded)
-        done = Done(self.status, self.report, "", output)
+        return self.broken_by(Done(self.status, self.report, "", output), **more)
+
+    def broken_by(self, done: Done, **more: object) -> set[str]:
+        """The same, of what a run left, as it stands."""
         facts = {"budget_usd": 1.0, "tickets": [self.tickets], "prices": PRICES, "named_label": named_label} | more
         return {how.partition(":")[0] for how in broken_promises(self.items, done, **facts)}
 
@@ -271,9 +274,7 @@ def test_a_torn_output_is_noticed(night: Night):
     night.broken()
     output = night.folder / "labels.jsonl"
     output.write_bytes(output.read_bytes()[:-9])
-    done = Done(-9, "", "", output)
-    facts = {"budget_usd": 1.0, "tickets": [night.tickets], "named_label": named_label, "killed": True, "in_flight": 9}
-    assert [how.partition(":")[0] for how in broken_promises(night.items, done, **facts)] == ["output-whole"]
+    assert night.broken_by(Done(-9, "", "", output), killed=True, in_flight=9) == {"output-whole"}
 
 
 def test_every_promise_is_broken_in_some_test_here():
@@ -415,10 +416,8 @@ def test_a_csv_output_is_read_as_a_spreadsheet_writes_it(night: Night):
     rows = "ID,body,model_label,confidence,reply\n'-t1,x,billing,,\n'-t3,x,other,,hello again\n"
     output.write_text(f"\ufeff{rows}", encoding="utf-8")
     tickets = {f"-{id_}": text for id_, text in night.tickets.items()}
-    done = Done(1, "", "", output)
-    facts = {"budget_usd": 1.0, "tickets": [night.tickets, tickets], "named_label": named_label, "prices": PRICES}
-    told = broken_promises(night.items, done, **facts)
-    assert {how.partition(":")[0] for how in told} == {"answer-used", "report-true"}, told
+    broken = night.broken_by(Done(1, "", "", output), tickets=[night.tickets, tickets])
+    assert broken == {"answer-used", "report-true"}
 
 
 def test_a_ledger_that_a_kill_left_behind_is_read_and_not_touched(night: Night):
@@ -430,10 +429,8 @@ def test_a_ledger_that_a_kill_left_behind_is_read_and_not_touched(night: Night):
     db.commit()
     wal = path.with_name("labels.db-wal")
     before = path.read_bytes(), wal.read_bytes()
-    done = Done(-9, "", "", night.folder / "labels.jsonl")
-    facts = {"budget_usd": 1.0, "tickets": [night.tickets], "named_label": named_label}
-    told = broken_promises(night.items, done, **facts)
-    assert {how.partition(":")[0] for how in told} == {"answer-kept", "row-true", "label-true"}
+    broken = night.broken_by(Done(-9, "", "", night.folder / "labels.jsonl"))
+    assert broken == {"answer-kept", "row-true", "label-true"}
     assert (path.read_bytes(), wal.read_bytes()) == before
     db.close()
 
@@ -556,7 +553,7 @@ def test_refused_requests_that_count_keep_out_only_who_asks_faster_than_the_limi
 
 
 async def test_the_stand_in_counts_refused_requests_where_its_script_says_so():
-    script, _ = parse_options(["--limiter", "sliding", "--rpm", "60", "--window", "2", "--counts-refused"])
+    script, _ = parse_arguments(["--limiter", "sliding", "--rpm", "60", "--window", "2", "--counts-refused"])
     assert script.counts_refused
     for counts, second_wait_s in ((False, 1), (True, 2)):
         async with Gateway(replace(script, counts_refused=counts, latency_s=0, refusal_s=0)) as gateway:
@@ -676,8 +673,3 @@ async def test_an_audit_has_nothing_to_say_where_no_program_ran_or_nothing_was_a
         audit.begins(folder, gateway, ["none.csv"])
         audit.begins(folder, gateway, ["--budget", "much"])
     assert audit.broken() == []
-
-
-def test_a_command_line_is_read_as_the_program_reads_it():
-    parsed = parse_arguments(["big.csv", "-o", "x/y.csv", "--rpm", "0", "--budget", "0.5", "--sample", "9", "--new"])
-    assert (parsed.tickets, parsed.output, parsed.budget, parsed.sample) == ("big.csv", "x/y.csv", 0.5, "9")

@@ -92,6 +92,19 @@ async def test_an_export_in_utf16_with_a_hint_for_the_delimiter_becomes_a_csv_th
     assert rows_of(again.output, ";")[1][:3] == ["1", "Größe; bug", "bug"]
 
 
+async def test_the_labels_of_one_ledger_are_written_as_lines_and_as_a_table_without_paying_twice(desk: Desk):
+    desk.write({"1": "a crash", "2": "an invoice"})
+    brisk(desk)
+    async with Gateway(QUICK) as gateway:
+        lines = await desk.run(gateway)
+        table = await desk.run(gateway, "-o", "labels.csv")
+        again = await desk.run(gateway)
+    assert (table.status, again.status, gateway.requests) == (0, 0, 2)
+    assert lines.labels == table.labels == again.labels
+    names = {"classify.py", "tickets.csv", "labels.jsonl", "labels.csv", "labels.db"}
+    assert {path.name for path in desk.folder.iterdir()} == names
+
+
 async def snippet(containing: str, folder: Path) -> str:
     """Runs the one snippet in Python that contains this as it stands in the README; what it printed."""
     [source] = [block for block in blocks("python") if containing in block]
