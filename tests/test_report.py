@@ -58,7 +58,8 @@ def test_the_plan_names_the_gateway_as_people_write_it(desk: Desk):
 
 async def test_the_plan_estimates_the_cost_by_each_models_price(desk: Desk):
     brisk(desk, CHINESE_MODEL=QWEN)
-    desk.write(numbered(50) | {f"c{n}": f"我的发票金额不对，请尽快帮我处理一下，谢谢。{n}" for n in range(20)})
+    chinese = {f"c{n}": f"我的发票金额不对，请尽快帮我处理一下，谢谢。{n}" for n in range(20)}
+    desk.write(numbered(50) | chinese | {f"empty {n}": "" for n in range(50)})
     async with Gateway(QUICK) as gateway:
         shown = (await desk.run(gateway, "--dry-run")).stdout
         assert gateway.requests == 0
@@ -67,16 +68,6 @@ async def test_the_plan_estimates_the_cost_by_each_models_price(desk: Desk):
     assert f"70 to send to deepseek-chat and {QWEN} at" in shown
     [usd] = re.findall(r"^about \$(\d+\.\d+) of the \$2\.00 budget", shown, re.M)
     assert float(usd) == pytest.approx(sum(line["cost_usd"] for line in done.lines), rel=0.1)
-
-
-def test_empty_tickets_make_the_others_no_cheaper(desk: Desk):
-    few = numbered(20)
-    desk.write(few)
-    cost = re.search(r"about \$[\d.]+", run_here(desk, "--dry-run").stdout)[0]
-    desk.write(few | {f"empty {n}": "" for n in range(180)})
-    shown = run_here(desk, "--dry-run").stdout
-    assert shown.startswith("200 tickets in tickets.csv: 20 to send to ")
-    assert cost in shown
 
 
 def test_the_plan_tells_the_least_time_and_at_which_pace(desk: Desk):
@@ -149,8 +140,6 @@ async def test_the_report_says_what_this_run_did_and_what_is_left(desk: Desk):
     assert note(done, "Labels: ").endswith(" s, $0.0004")
     assert f"1 ticket ({left[0]}): 400 invalid_request" in done.stdout
     assert notes(done)[-1].startswith("Not labelled: 1 ticket is left. Run the same command")
-    counts = [line.split()[:2] for line in done.stdout.splitlines()[4:9]]
-    assert counts == [["billing", "9"], ["bug", "0"], ["how-to", "0"], ["feature-request", "0"], ["other", "0"]]
 
 
 async def test_counts_tokens_and_cost_are_of_the_same_tickets_and_all_runs_stand_in_a_line_of_their_own(desk: Desk):

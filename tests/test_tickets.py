@@ -375,27 +375,21 @@ def test_any_bytes_are_read_or_refused(read, content):
 
 # ---- What a run says of it ---------------------------------------------------------------------------
 
-AT_ONCE = {  # the file, and what each line says of it
-    "several rows": (
-        "id,body\na,hunter2\n,two\na,three\nb\n",
-        [':3: no "id"', ":4: the id a stands in line 2 already", ":5: ends before its text"],
-    ),
-    "more than five": ("id,body\n" + ",hunter2\n" * 7, [f":{line}: " for line in range(2, 7)] + ["and 2 more"]),
-    "behind many good ones": ("id,body\n" + "".join(f"t{n},Hello\n" for n in range(5000)) + ",x\n", [":5002: "]),
-}
 
-
-@pytest.mark.parametrize(("content", "said"), AT_ONCE.values(), ids=AT_ONCE)
-def test_a_run_with_a_wrong_file_says_all_that_is_wrong_and_sends_nothing(desk: Desk, content, said):
-    desk.tickets.write_text(content)
+def test_a_run_with_a_wrong_file_says_all_that_is_wrong_and_sends_nothing(desk: Desk):
+    good = "".join(f"t{n},Hello\n" for n in range(5000))
+    desk.tickets.write_text("id,body\na,hunter2\n,two\na,three\nb\n" + good + ",hunter2\n" * 4)
     done = run_here(desk)
     assert (done.status, done.stdout) == (2, "")
     assert [path.name for path in desk.folder.glob("labels*")] == []
-    lines = done.stderr.splitlines()
-    assert lines[0].startswith("classify.py: tickets.csv")
-    assert len(lines) == len(said)
-    assert all(words in line for words, line in zip(said, lines, strict=True)), done.stderr
-    assert "hunter2" not in done.stderr
+    assert done.stderr.splitlines() == [
+        'classify.py: tickets.csv:3: no "id"',
+        "tickets.csv:4: the id a stands in line 2 already (ID_COLUMN = None numbers the rows)",
+        "tickets.csv:5: ends before its text; is it a footer, or an unquoted line break?",
+        'tickets.csv:5006: no "id"',
+        'tickets.csv:5007: no "id"',
+        "and 2 more",
+    ]
 
 
 ODD_ROWS = """id,body,note
