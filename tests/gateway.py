@@ -134,7 +134,6 @@ class Script:
     tokens: tuple[int, int] | None = None  # billed in and out for each ticket; None = counted from the text
     cached_tokens: int = 0  # of the tokens in
     cached_style: str = "deepseek"  # or "openai"
-    logprobs: str = "serve"  # or "ignore", or "refuse" with a 400
     faults: tuple[Fault, ...] = ()  # the first one that hits is what happens
     key: str | None = None  # any other key gets 401; None = every key is good
     reply: Callable[[str], str] = keyword_label  # text of the ticket -> content of the answer
@@ -761,8 +760,6 @@ class Gateway:
         self.tokens_in = self.tokens_out = 0
         self.billed: Counter[str] = Counter()
         self.replies: dict[str, str] = {}
-        self.seen_headers: dict[str, str] = {}
-        self.seen_body: object = None
         self.events: list[tuple[float, int]] = []  # status 0: nobody was there to take it, or it was cut
         self.bill: list[Item] = []  # in the order in which they ended
         self._script = script
@@ -835,7 +832,6 @@ class Gateway:
         """Path, key and limits, in the order in which a gateway looks at them."""
         script, request = self._script, call.request
         raw = await request.content.read()
-        self.seen_headers = dict(request.headers)
         if (request.method, request.path) != ("POST", PATH):
             return await refuse(script, 404, error(404, f"there is no {request.method} {request.path}"))
         if script.key is not None and request.headers.get("Authorization") != f"Bearer {script.key}":
@@ -857,11 +853,9 @@ class Gateway:
         """Understand the request, and refuse it or play a fault or answer it."""
         script = self._script
         try:
-            body = self.seen_body = json.loads(raw)
+            body = json.loads(raw)
             call.text = ticket_of(body)
             call.body, call.turn = body, turn_of(body["messages"])
-            if script.logprobs == "refuse" and body.get("logprobs"):
-                raise ValueError("logprobs is not supported by this model")
             if script.server:
                 SERVERS[script.server].allowed(body)
         except (ValueError, RecursionError) as problem:
@@ -886,7 +880,7 @@ class Gateway:
             message = {"role": "assistant", "content": label}
             finish_reason, tokens, thought = "stop", tokens_out_of(label), 0
         choice = {"index": 0, "message": message, "finish_reason": finish_reason}
-        if call.body.get("logprobs") and script.logprobs == "serve":
+        if call.body.get("logprobs"):
             choice["logprobs"] = logprobs_of(message["content"] or "")
         usage = self._bill(call, tokens_out or (script.tokens[1] if script.tokens else tokens))
         if thought:

@@ -176,7 +176,6 @@ class Server:
         self.wrong: list[str] = []  # that was seen at once
         self.stopped_at: float | None = None  # when the run said that it sends nothing more
         self.starts: deque[float] = deque()  # of the last minute
-        self.most_a_minute = 0
         self.is_alone = False  # the client is dead
         self.answered_at = 0.0
         self.calm_answers = 0

@@ -5,19 +5,18 @@ more of a ticket's text than its subject; who wants the description too asks the
 """
 
 import re
-from collections import Counter
 from dataclasses import dataclass
 
 import pytest
 
 from tests.conftest import Desk
-from tests.gateway import Gateway, ticket_of
-from tests.helpers import QUICK, Witness, brisk
+from tests.gateway import Gateway
+from tests.helpers import QUICK, brisk
 
 
 @dataclass(frozen=True)
 class Export:
-    id_column: str | None
+    id_column: str
     text_columns: tuple[str, ...] | str
     content: str
     texts: dict[str, str]  # what is to be sent for each ticket; "" where nothing is
@@ -66,14 +65,6 @@ EXPORTS = {
         '"ios,crash",,,Ana,ana@example.com,4301,vip\n',
         {"108": 'App "crashes" at start'},
     ),
-    "Freshservice": Export(
-        "ticket id",
-        ("subject", "DESCRIPTION"),
-        "Subject,Type,Status,Priority,Group,Agent,Description,Category,Source,Ticket Id,Requester Name,Created Time\n"
-        f'Cannot open the page,Incident,Open,Low,IT,,"{HTML}",Web,Portal,#INC-108,Ana,2026-10-04\n'
-        "Laptop,Service Request,Open,Low,IT,,=2+2,Hardware,Portal,#SR-7,Bo,2026-10-04\n",
-        {"#INC-108": f"Cannot open the page\n\n{HTML}", "#SR-7": "Laptop\n\n=2+2"},
-    ),
     "HubSpot": Export(
         "Ticket ID",
         ("Ticket name", "Ticket description"),
@@ -97,13 +88,6 @@ EXPORTS = {
         {"7": "Größe, Farbe\n\neins\nzwei; drei"},
         "utf-8-sig",
     ),
-    "Excel for Mac, with the line ends of old": Export(
-        "ID",
-        ("Subject", "Body"),
-        'ID,Subject,Body\r7,Größe,"one\ntwo, three"\r8,,Bye\r,,\r',
-        {"7": "Größe\n\none\ntwo, three", "8": "Bye"},
-        "utf-8-sig",
-    ),
     "LibreOffice": Export(  # as 7.4 wrote them
         "id",
         ("subject", "body"),
@@ -114,13 +98,6 @@ EXPORTS = {
             "T-2": 'say "hi", please',
             "T-4": "Größe 发票 🙂\n\ntabhere",
         },
-    ),
-    "LibreOffice, semicolons and all text quoted": Export(
-        "id",
-        ("subject", "body"),
-        '"id";"subject";"body";"note"\n"007";"Rechnung";"Zeile eins\nZeile zwei; mit Semikolon, und Komma";\n'
-        '"T-3";"Only a subject";;"x"\n;;;\n',
-        {"007": "Rechnung\n\nZeile eins\nZeile zwei; mit Semikolon, und Komma", "T-3": "Only a subject"},
     ),
     "Excel, Unicode text": Export(
         "ID",
@@ -137,26 +114,6 @@ EXPORTS = {
         "cp1252",
         "cp1252",
     ),
-    "a data set without ids": Export(
-        None,
-        "text",
-        "text,category\nI am still waiting on my card?,card_arrival\n"
-        '"What, exactly, is this fee?",card_payment_fee_charged\n',
-        {"1": "I am still waiting on my card?", "2": "What, exactly, is this fee?"},
-    ),
-    "Zammad, by the bar": Export(
-        "number",
-        ("title", "article"),
-        "number|title|article\n84001|Hi|I pay, and pay; and pay\n",
-        {"84001": "Hi\n\nI pay, and pay; and pay"},
-    ),
-    "HTML mail": Export(
-        "id",
-        "body",
-        f'id,body\n1,"<style>{".x{color:red}" * 1_000}</style><p>I was charged twice</p>'
-        f'<img src=""data:image/png;base64,{"iVBORw0KGgo" * 900}"">"\n',
-        {"1": '<p>I was charged twice</p><img src="">'},
-    ),
 }
 
 
@@ -164,36 +121,16 @@ EXPORTS = {
 async def test_an_export_is_labelled_by_the_names_of_its_columns(desk: Desk, export: Export):
     desk.tickets.write_bytes(export.content.encode(export.encoding))
     brisk(desk, ID_COLUMN=export.id_column, TEXT_COLUMNS=export.text_columns, ENCODING=export.setting)
-    async with Witness() as gateway:
+    async with Gateway(QUICK) as gateway:
         done = await desk.run(gateway)
     assert done.status == 0, done.stderr
     assert list(done.labels) == list(export.texts)
-    assert Counter(map(ticket_of, gateway.bodies)) == Counter(filter(None, export.texts.values()))
+    assert sorted(item.text for item in gateway.bill) == sorted(filter(None, export.texts.values()))
 
 
-HUBSPOT = EXPORTS["HubSpot"].content
 FRESHDESK = EXPORTS["Freshdesk, with a second column of tags"].content
 INTERCOM = EXPORTS["Intercom, conversations"].content
-SET = "Set ID_COLUMN and TEXT_COLUMNS at the top of classify.py"
 REFUSED = {  # the columns asked for, the file, and what the one line that is printed has to say
-    "as it is, without the names of its columns": (
-        "id",
-        ("body",),
-        HUBSPOT,
-        r'no column "body" or "id"\. It has: Ticket ID, Ticket name, .*' + SET,
-    ),
-    "a column that is not there": (
-        "Ticket ID",
-        ("Subject", "Description"),
-        FRESHDESK,
-        r'no column "description"\. It has: Ticket ID, Subject, .*' + SET,
-    ),
-    "a name that two columns have": (
-        "Ticket ID",
-        ("Subject", "Tags"),
-        FRESHDESK,
-        'several columns "tags".* TEXT_COLUMNS',
-    ),
     "a row for each message": (
         "conversation_id",
         ("message_body",),
@@ -204,7 +141,7 @@ REFUSED = {  # the columns asked for, the file, and what the one line that is pr
         "Id",
         ("Subject",),
         "Tickets of October\n\nId,Subject\n1,Hello\n",
-        'no column "id" or "subject"|no column "subject" or "id"',
+        r'no column "id" or "subject"\. It has: Tickets of October\.',
     ),
     "two exports in one file": (
         "Ticket ID",
@@ -212,7 +149,6 @@ REFUSED = {  # the columns asked for, the file, and what the one line that is pr
         FRESHDESK + FRESHDESK.replace("108", "109"),
         ":3: the header again",
     ),
-    "a line of totals": ("Id", ("Subject",), "Id,Subject\n1,Hello\nTotal: 1\n", ":3: ends before its text"),
 }
 
 
@@ -227,26 +163,3 @@ async def test_an_export_that_is_not_a_row_a_ticket_is_refused_in_one_line(
     assert (done.status, done.stdout, gateway.requests) == (2, "", 0)
     [said] = done.stderr.splitlines()
     assert re.match(rf"classify\.py: tickets\.csv.*({why})", said), said
-
-
-async def test_labels_by_people_are_compared_as_replies_are_and_what_is_none_is_counted(desk: Desk):
-    desk.write(
-        [
-            ("1", "an invoice", " Billing "),
-            ("2", "it crashes", "bugs"),
-            ("3", "my invoice", "Bug"),
-            ("4", "x", "urgent"),
-        ],
-        header=("id", "body", "Label"),
-    )
-    brisk(desk)
-    async with Gateway(QUICK) as gateway:
-        done = await desk.run(gateway)
-        brisk(desk, GOLD_COLUMN=None)
-        ignoring = await desk.run(gateway)
-    assert (done.status, ignoring.status, gateway.requests) == (0, 0, 4)
-    assert re.search(
-        r"^Accuracy: 0\.667 .* of 3 labels by people; .*bug taken for billing 1 time \(3\)", done.stdout, re.M
-    )
-    assert re.search(r"^Left out of the accuracy: 1 label", done.stdout, re.M)
-    assert "ccuracy" not in ignoring.stdout

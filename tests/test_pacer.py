@@ -248,9 +248,15 @@ def tried(world: World, tickets: int = 1200, seed: int = 100) -> Trial:
 # ---- claims ----
 
 
-@pytest.mark.parametrize("limiter", ["bucket of 5", "sliding 10 s", "fixed 10 s"])
 @pytest.mark.parametrize(
-    ("told", "possible", "share", "refused"), [(1200, 20, 0.96, 0.005), (1200, 10, 0.85, 0.03), (3000, 5, 0.85, 0.05)]
+    ("limiter", "told", "possible", "share", "refused"),
+    [
+        ("bucket of 5", 1200, 20, 0.96, 0.005),
+        ("bucket of 5", 1200, 10, 0.85, 0.03),
+        ("bucket of 5", 3000, 5, 0.85, 0.05),
+        ("sliding 10 s", 1200, 10, 0.85, 0.03),
+        ("fixed 10 s", 3000, 5, 0.85, 0.05),
+    ],
 )
 def test_the_limit_is_found_and_hardly_ever_met(limiter, told, possible, share, refused):
     trial = tried(World(possible, told, limiter))
@@ -259,8 +265,7 @@ def test_the_limit_is_found_and_hardly_ever_met(limiter, told, possible, share, 
     assert trial.doors[0].pace.limit_found == (told > 60 * possible)
 
 
-@pytest.mark.parametrize("noise", [0.03, 0.1, 0.3])
-@pytest.mark.parametrize("wait_s", [1.0, None])
+@pytest.mark.parametrize(("noise", "wait_s"), [(0.03, 1.0), (0.1, None), (0.3, 1.0)])
 def test_refusals_that_come_at_any_pace_do_not_slow_it_down(noise, wait_s):
     trial = tried(World(10 * (1 - noise), noise=noise, noise_wait_s=wait_s), 3000)
     assert trial.share >= 0.8
@@ -296,8 +301,7 @@ def test_without_a_limit_as_many_are_in_flight_as_may_be():
     assert not trial.doors[0].pace.limit_found
 
 
-@pytest.mark.parametrize("most", [5, 10])
-@pytest.mark.parametrize("told", [0, 30_000])
+@pytest.mark.parametrize(("told", "most"), [(0, 5), (30_000, 10)])
 def test_a_limit_of_requests_in_flight_makes_the_window_not_the_pace(told, most):
     trial = tried(World(most / 0.3, told, most_in_flight=most), 5000)
     assert trial.share >= 0.75
@@ -362,7 +366,7 @@ def test_two_clients_share_a_limit():
     assert (one + other) ** 2 / (2 * (one * one + other * other)) >= 0.75
 
 
-@pytest.mark.parametrize("told", [0, 600, 60_000])
+@pytest.mark.parametrize("told", [0, 60_000])
 def test_a_very_low_limit_is_not_taken_for_noise(told):
     """Its rate is known from a few answers at a time; 300 requests or more were refused when that was believed."""
     trial = tried(World(0.2, told, "bucket of 5"), 300)
@@ -370,7 +374,7 @@ def test_a_very_low_limit_is_not_taken_for_noise(told):
     assert trial.signs[REFUSED] <= 80
 
 
-@pytest.mark.parametrize("limiter", ["bucket of 5", "sliding 60 s", "fixed 60 s"])
+@pytest.mark.parametrize("limiter", ["bucket of 5", "fixed 60 s"])
 def test_a_key_of_60_a_minute_of_which_nobody_told_is_found_with_few_refusals(limiter):
     """A pace that rose by seconds alone came back to a low limit after few answers: 9% were refused."""
     trial = tried(World(1, 600, limiter))
@@ -401,13 +405,6 @@ def test_a_machine_that_slept_goes_on():
     assert tried(World(10, jump_s=30)).share >= 0.85
 
 
-def test_the_pace_never_rises_above_rpm():
-    trial = tried(World(20, 600, "bucket of 5"))
-    starts = trial.seconds
-    assert 1200 / starts <= 10
-    assert trial.doors[0].pace.per_s == trial.doors[0].pace.max_per_s
-
-
 def test_a_lone_refusal_holds_its_own_ticket_only():
     async def run() -> None:
         door = Door(600, 40, 60)
@@ -418,19 +415,6 @@ def test_a_lone_refusal_holds_its_own_ticket_only():
         door.leave(await door.enter(), ADMITTED)
         assert asyncio.get_running_loop().time() - before < 1
         assert (door.refusals, door.pace.limit_found) == (1, False)
-
-    in_virtual_time(run())
-
-
-def test_a_row_of_refusals_holds_everybody_as_long_as_the_gateway_asks():
-    async def run() -> None:
-        door = Door(600, 40, 60)
-        while door.pace.alarm.raised_at is None:
-            door.leave(await door.enter(), REFUSED, 30.0)
-        assert door.refusals <= 3
-        before = asyncio.get_running_loop().time()
-        await door.enter()
-        assert 30 <= asyncio.get_running_loop().time() - before < 31
 
     in_virtual_time(run())
 
@@ -455,21 +439,19 @@ def test_the_window_starts_at_four_and_answers_to_quick_answers_and_time_outs():
     in_virtual_time(run())
 
 
-@pytest.mark.parametrize(
-    ("first_s", "then_s", "window"), [(1, 14, 6), (1, 20, 5), (1, 32, 2.5), (31, 31, 4), (31, 46, 4), (31, 62, 2)]
-)
-def test_how_long_an_answer_waited_beyond_the_fastest_makes_the_window(first_s, then_s, window):
+def test_how_long_an_answer_waited_beyond_the_fastest_makes_the_window():
     """TIMEOUT is 60: a quarter of it more is quick, half of it more is slow; half of it in all is not quick."""
 
-    async def run() -> None:
+    async def window_after(*answers_s: float) -> float:
         door = Door(0, 40, 60)
-        for took_s in (first_s, then_s):
+        for took_s in answers_s:
             started = await door.enter()
             await asyncio.sleep(took_s)
             door.leave(started, ADMITTED)
-        assert door.window.size == window
+        return door.window.size
 
-    in_virtual_time(run())
+    windows = {(1, 14): 6, (1, 20): 5, (1, 32): 2.5, (31, 31): 4, (31, 46): 4, (31, 62): 2}
+    assert {answers_s: in_virtual_time(window_after(*answers_s)) for answers_s in windows} == windows
 
 
 def test_a_request_that_was_never_sent_tells_nothing():

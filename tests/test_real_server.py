@@ -114,10 +114,10 @@ async def label(desk: Desk, door: Door, tickets: Path, timeout_s: float) -> Done
     return await desk.run(door, "--model", "smollm2", "--budget", "0", "--rpm", "0", within_s=600)
 
 
-@pytest.mark.parametrize("timeout_s", [60, 10])  # 10: a server as slow for it as one of a sixth of the speed is for 60
-async def test_every_ticket_gets_a_label_of_the_list_without_a_storm_of_time_outs(desk: Desk, timeout_s):
+async def test_every_ticket_gets_a_label_of_the_list_without_a_storm_of_time_outs(desk: Desk):
     async with served() as door:
-        done = await label(desk, door, TICKETS, timeout_s)
+        # As slow for it as a server of a sixth of the speed is for a TIMEOUT of 60.
+        done = await label(desk, door, TICKETS, timeout_s=10)
     tickets = {ticket.id for ticket in classify.load_tickets(TICKETS)}
     assert done.status == 0, done.stderr
     assert done.labels.keys() == tickets
@@ -158,11 +158,9 @@ async def trial(tickets: Path, timeout_s: float, measure: bool) -> None:
             done = await label(desk, door, tickets, timeout_s)
             wall_s = time.monotonic() - started
         labelled = Counter(done.labels.values())
-        backup = desk.output.with_name("labels.jsonl.bak")
-        without = len(backup.read_bytes().splitlines()) if backup.exists() else 0
     count = sum(1 for _ in classify.load_tickets(tickets))
     print(f"TIMEOUT {timeout_s:g} s, {SLOTS} slots: exit {done.status}, {wall_s:.1f} s, {count / wall_s:.2f} tickets/s")
-    print(f"{count} tickets, {labelled.total()} labelled {dict(labelled)}, {without} lines in the .bak")
+    print(f"{count} tickets, {labelled.total()} labelled {dict(labelled)}")
     print(f"{door.requests} requests, {door.given_up} given up, at most {door.most_in_flight} in flight, "
           f"answers {dict(door.answers)}")  # fmt: skip
     if done.status:

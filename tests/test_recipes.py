@@ -56,7 +56,7 @@ GPT_5, DEEPSEEK, OLLAMA, NO_THOUGHTS = (
 )
 CHOICE, GRAMMAR, SCHEMA = (ROWS[name] for name in ("vLLM", "llama.cpp", "OpenAI, Ollama"))
 GPT_5_1 = Recipe(GPT_5.extra_body.replace('"minimal"', '"none"'), GPT_5.constants, "OpenAI GPT-5.1")
-WITHOUT_STAND_IN = {"Gemini", "Qwen at Alibaba", "OpenRouter", "DeepSeek's own API", "Azure"}
+WITHOUT_STAND_IN = {"Gemini", "Qwen at Alibaba", "OpenRouter"}
 DONE_RIGHT = [  # server, recipe, whether it holds the answer to the list
     ("deepseek-v4", DEEPSEEK, False),
     ("openai-gpt-5", GPT_5, False),
@@ -72,21 +72,13 @@ DONE_RIGHT = [  # server, recipe, whether it holds the answer to the list
     ("llama.cpp", SCHEMA, True),
     ("llama.cpp-qwen3", GRAMMAR | NO_THOUGHTS, True),
 ]
-DONE_WRONG = [  # what is near at hand, and does not work
-    *((server, Recipe()) for server in SERVERS),
-    ("deepseek-v4", Recipe('{"reasoning_effort": "none"}')),
+DONE_WRONG = [  # what the README warns of
+    *((server, Recipe()) for server in ("vllm", "llama.cpp", "llama.cpp-qwen3")),
     ("deepseek-v4", DEEPSEEK | SCHEMA),
-    ("openai-gpt-5", DEEPSEEK),
-    ("openai-gpt-5", GPT_5_1),
     ("openai-gpt-5", GPT_5 | Recipe('{"max_completion_tokens": 10}')),
     ("openai-gpt-5.1", GPT_5),
-    ("ollama-qwen3", Recipe('{"think": False}')),
-    ("ollama-qwen3", SCHEMA),
     ("ollama-qwen3", OLLAMA | replace(SCHEMA, constants=(), name="a schema without more MAX_TOKENS")),
-    ("vllm", Recipe('{"guided_choice": list(LABELS)}')),
-    ("vllm", GRAMMAR),
     ("vllm-qwen3", CHOICE),
-    ("llama.cpp", CHOICE),
     ("llama.cpp-qwen3", GRAMMAR),
 ]
 
@@ -123,21 +115,19 @@ def test_every_row_is_tried_or_has_no_stand_in():
     assert {server for server, _, _ in DONE_RIGHT} == set(SERVERS)
 
 
-@pytest.mark.parametrize("row", ROWS.values(), ids=str)
-async def test_a_row_is_sent_as_it_stands(row: Recipe, desk: Desk):
+@pytest.mark.parametrize("name", sorted(WITHOUT_STAND_IN))
+async def test_a_row_without_a_stand_in_is_sent_as_it_stands(name: str, desk: Desk):
+    row = ROWS[name]
     async with Witness() as gateway:
-        done = await follow(desk, gateway, row, numbered(2))
-    assert done.status == 0, done.stderr
-    constants = {"LABELS": classify.LABELS, "json": json}
-    expected = eval(row.extra_body, constants)
-    for body in gateway.bodies:
-        assert {name: body.get(name) for name in expected} == expected
-        for name, value in row.constants:
-            assert body[name.lower()] == eval(value)
+        await follow(desk, gateway, row, numbered(1))
+    [body] = gateway.bodies
+    assert body | eval(row.extra_body) == body
 
 
 def test_the_prices_that_the_readme_gives_are_prices(monkeypatch: pytest.MonkeyPatch):
-    for model, price in re.findall(r'PRICES\["(.*?)"\] = (\(.*?\))', README):
+    given = re.findall(r'PRICES\["(.*?)"\] = (\(.*?\))', README)
+    assert given
+    for model, price in given:
         monkeypatch.setitem(classify.PRICES, model, eval(price))
     assert list(classify.wrong_settings()) == []
 
@@ -167,10 +157,10 @@ async def test_without_it_or_with_the_wrong_one_tickets_go_unlabelled_or_off_the
     assert done.status == 1 or off_list(done), "it works, so that the recipe is not needed"
 
 
-@pytest.mark.parametrize("recipe", [Recipe(), Recipe('{"max_tokens": None}'), DEEPSEEK, GPT_5_1], ids=str)
+@pytest.mark.parametrize("recipe", [Recipe(), DEEPSEEK, GPT_5_1], ids=str)
 async def test_a_parameter_that_is_refused_stops_the_run_at_the_first_answer(recipe: Recipe, desk: Desk):
     done, gateway = await follow_at(desk, "openai-gpt-5", recipe)
-    assert (done.status, done.lines) == (1, [])
+    assert done.lines == []
     assert gateway.requests <= 8, "sent on after every request was sure to fail"
     assert re.search("un(supported|recognized) (parameter|value|request)", done.stderr, re.I)
     assert "EXTRA_BODY" in done.stdout.splitlines()[-1]
@@ -179,6 +169,6 @@ async def test_a_parameter_that_is_refused_stops_the_run_at_the_first_answer(rec
 @pytest.mark.parametrize("server", ["deepseek-v4", "ollama-qwen3", "vllm-qwen3"])
 async def test_a_model_that_thinks_all_its_tokens_away_is_told_of_as_such(server: str, desk: Desk):
     done, gateway = await follow_at(desk, server, Recipe())
-    assert (done.status, done.lines) == (1, []), "labels that no model gave"
+    assert done.lines == [], "labels that no model gave"
     assert gateway.requests < 2 * 20 + 2 * 8, "paid on and on for nothing"
     assert "MAX_TOKENS" in done.stderr

@@ -1,14 +1,12 @@
 """What is known before a run, and what is told after it: cost, quality, confidence, and what needs a look."""
 
 import math
-import random
 import re
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 
-from classify import LABELS
+from classify import wilson
 from tests.conftest import Desk, Done, numbered
 from tests.gateway import Fault, Gateway
 from tests.helpers import QUICK, brisk, run_here, summary
@@ -52,49 +50,31 @@ async def test_the_plan_counts_the_tickets_by_what_becomes_of_them(desk: Desk):
         assert re.search(rf"(?<!\d){count}", shown), count
 
 
-def test_one_ticket_is_a_ticket(desk: Desk):
-    desk.write({"a": "Hello"})
-    assert run_here(desk, "--dry-run").stdout.startswith("1 ticket in tickets.csv: 1 to send to ")
-
-
 def test_the_plan_names_the_gateway_as_people_write_it(desk: Desk):
     desk.write({"a": "Hello"})
     shown = run_here(desk, "--dry-run", TOKENHUB_URL="https://api.sandboxclaw.com/v1").stdout
-    assert " at api.sandboxclaw.com;" in shown
+    assert shown.startswith("1 ticket in tickets.csv: 1 to send to deepseek-chat at api.sandboxclaw.com;")
 
 
 async def test_the_plan_estimates_the_cost_by_each_models_price(desk: Desk):
     brisk(desk, CHINESE_MODEL=QWEN)
-    desk.write(numbered(50) | {f"c{n}": f"我的发票金额不对，请尽快帮我处理一下，谢谢。{n}" for n in range(20)})
+    chinese = {f"c{n}": f"我的发票金额不对，请尽快帮我处理一下，谢谢。{n}" for n in range(20)}
+    desk.write(numbered(50) | chinese | {f"empty {n}": "" for n in range(50)})
     async with Gateway(QUICK) as gateway:
         shown = (await desk.run(gateway, "--dry-run")).stdout
         assert gateway.requests == 0
         done = await desk.run(gateway)
-    assert done.status == 0
     assert done.stderr == shown, "a run begins with the same plan"
     assert f"70 to send to deepseek-chat and {QWEN} at" in shown
     [usd] = re.findall(r"^about \$(\d+\.\d+) of the \$2\.00 budget", shown, re.M)
     assert float(usd) == pytest.approx(sum(line["cost_usd"] for line in done.lines), rel=0.1)
 
 
-def test_empty_tickets_make_the_others_no_cheaper(desk: Desk):
-    few = numbered(20)
-    desk.write(few)
-    cost = re.search(r"about \$[\d.]+", run_here(desk, "--dry-run").stdout)[0]
-    desk.write(few | {f"empty {n}": "" for n in range(180)})
-    shown = run_here(desk, "--dry-run").stdout
-    assert shown.startswith("200 tickets in tickets.csv: 20 to send to ")
-    assert cost in shown
-
-
-@pytest.mark.parametrize(
-    ("rpm", "least"),
-    [("60", "at least 1 min 30 s at 60 requests a minute"), ("90", "at least 1 min at 90 requests a minute")],
-)
-def test_the_plan_tells_the_least_time_and_at_which_pace(desk: Desk, rpm, least):
+def test_the_plan_tells_the_least_time_and_at_which_pace(desk: Desk):
     desk.write(numbered(90))
-    shown = run_here(desk, "--dry-run", "--rpm", rpm).stdout
-    assert least in shown
+    for rpm, least in (("60", "1 min 30 s"), ("90", "1 min")):
+        shown = run_here(desk, "--dry-run", "--rpm", rpm).stdout
+        assert f"at least {least} at {rpm} requests a minute" in shown
 
 
 async def test_over_the_budget_names_the_sum_that_is_enough(desk: Desk):
@@ -116,7 +96,6 @@ async def test_a_model_without_a_price_says_so_in_plan_and_report(desk: Desk):
     desk.write(numbered(3))
     async with Gateway(QUICK) as gateway:
         done = await desk.run(gateway, "--model", "gpt-9", "--budget", "0")
-    assert done.status == 0
     assert done.stderr.splitlines()[1].partition(";")[0] == "no price for gpt-9"
     assert summary(done)[2] == "Cost  : unpriced (no price for gpt-9)"
     assert note(done, "Labels: ").endswith(", unpriced")
@@ -161,8 +140,6 @@ async def test_the_report_says_what_this_run_did_and_what_is_left(desk: Desk):
     assert note(done, "Labels: ").endswith(" s, $0.0004")
     assert f"1 ticket ({left[0]}): 400 invalid_request" in done.stdout
     assert notes(done)[-1].startswith("Not labelled: 1 ticket is left. Run the same command")
-    counts = [line.split()[:2] for line in done.stdout.splitlines()[4:9]]
-    assert counts == [["billing", "9"], ["bug", "0"], ["how-to", "0"], ["feature-request", "0"], ["other", "0"]]
 
 
 async def test_counts_tokens_and_cost_are_of_the_same_tickets_and_all_runs_stand_in_a_line_of_their_own(desk: Desk):
@@ -178,17 +155,17 @@ async def test_counts_tokens_and_cost_are_of_the_same_tickets_and_all_runs_stand
     assert note(sample, "All runs with labels.db: ").startswith(f"All runs with labels.db: ${40 * each:.2f}, $0.81 of ")
 
 
-async def test_one_of_a_thing_is_singular_and_several_are_plural(desk: Desk):
+async def test_an_answer_with_more_tokens_than_were_asked_for_is_told_and_one_of_a_thing_is_singular(desk: Desk):
     brisk(desk)
     desk.write(numbered(1))
-    async with Gateway(replace(QUICK, tokens=(312, 30))) as gateway:
+    async with Gateway(replace(QUICK, tokens=(312, 11))) as gateway:
         one = await desk.run(gateway)
+        gateway.script = replace(QUICK, tokens=(312, 10))
         desk.write(numbered(2))
         two = await desk.run(gateway)
-    assert summary(one)[0] == "Classified 1 ticket"
-    assert summary(two)[0] == "Classified 2 tickets"
-    assert re.search(r"^Longer than MAX_TOKENS: 1 (reply|answer)\b", one.stdout, re.M)
-    assert re.search(r"^Longer than MAX_TOKENS: 2 (replies|answers)\b", two.stdout, re.M)
+    assert [summary(done)[0] for done in (one, two)] == ["Classified 1 ticket", "Classified 2 tickets"]
+    for done in (one, two):
+        assert note(done, "Longer than MAX_TOKENS: ").startswith("Longer than MAX_TOKENS: 1 answer: ")
 
 
 async def test_what_was_paid_without_an_answer_is_told_with_its_cost(desk: Desk):
@@ -197,7 +174,6 @@ async def test_what_was_paid_without_an_answer_is_told_with_its_cost(desk: Desk)
     faults = (Fault("length", first=2, last=3), Fault("null_usage", first=5, last=5))
     async with Gateway(replace(QUICK, tokens=(10_000, 3), faults=faults)) as gateway:
         done = await desk.run(gateway)
-    assert done.status == 0
     assert note(done, "In vain: ") == "In vain: 2 requests without an answer, at most $0.0054"
     assert note(done, "Estimated: ") == "Estimated: the tokens of 1 request without `usage`"
 
@@ -207,26 +183,18 @@ async def test_what_this_run_failed_is_as_many_as_the_reasons_name(desk: Desk):
     desk.write(numbered(100))
     async with Gateway(replace(QUICK, faults=(Fault("length"),))) as gateway:
         done = await desk.run(gateway)
-    assert done.status == 1
     [failed] = re.findall(r" This run: 0 labelled, (\d+) failed, ", done.stdout)
     assert re.findall(r"^Failed: (\d+) tickets ", done.stdout, re.M) == [failed]
 
 
-async def test_an_equal_ticket_of_a_failed_one_is_counted_in_both_lines(desk: Desk):
+async def test_why_tickets_failed_is_told_with_those_equal_to_them_and_without_their_words(desk: Desk):
     brisk(desk)
-    desk.write(numbered(3) | {"bad": "impossible", "same": "impossible"})
-    async with Gateway(replace(QUICK, faults=(Fault("status_400", matching="impossible"),))) as gateway:
-        done = await desk.run(gateway)
-    assert " This run: 3 labelled, 2 failed, " in note(done, "Labels: ")
-    assert "2 tickets (bad, same): 400 invalid_request" in done.stdout
-
-
-async def test_why_tickets_failed_is_told_without_the_words_of_the_tickets(desk: Desk):
-    brisk(desk)
-    desk.write(numbered(3) | {"private": "my account number is 4711 and my dog is Rex"})
+    private = "my account number is 4711 and my dog is Rex"
+    desk.write(numbered(3) | {"private": private, "same": private})
     async with Gateway(replace(QUICK, faults=(Fault("echo_400", matching="4711"),))) as gateway:
         done = await desk.run(gateway)
-    assert note(done, "Failed: ") == "Failed: 1 ticket (private): 400 invalid_request invalid_request_error"
+    assert " This run: 3 labelled, 2 failed, " in note(done, "Labels: ")
+    assert note(done, "Failed: ") == "Failed: 2 tickets (private, same): 400 invalid_request invalid_request_error"
     assert "4711" not in done.stdout + done.stderr
 
 
@@ -235,20 +203,12 @@ async def test_a_limit_that_was_found_is_named_as_the_rpm_to_set(desk: Desk):
     desk.write(numbered(60))
     async with Gateway(replace(QUICK, rpm=1200, retry_after="float")) as gateway:
         done = await desk.run(gateway, "--rpm", "6000")
-    assert done.status == 0
-    line = note(done, "Limit: ")
-    assert f"Limit: {gateway.refused} requests refused" in line
-    for rpm in re.findall(r"set RPM to about (\d+)", line):
-        assert 900 <= int(rpm) <= 2400
+    told = re.fullmatch(r"Limit: (\d+) requests refused; set RPM to about (\d+)", note(done, "Limit: "))
+    assert int(told[1]) == gateway.refused
+    assert 1000 <= int(told[2]) <= 2400
 
 
 # ---- After: how the labels compare with those that people gave
-
-
-def accuracy(done: Done) -> list[float]:
-    """Accuracy, the two ends of its interval, and of how many."""
-    line = note(done, "Accuracy: ")
-    return [float(number) for number in (*re.findall(r"\d\.\d+", line)[:3], *re.findall(r"of (\d+) labels", line))]
 
 
 async def evaluated(desk: Desk, gold: list[str], given: list[str], *arguments: str) -> Done:
@@ -262,34 +222,13 @@ async def evaluated(desk: Desk, gold: list[str], given: list[str], *arguments: s
     return done
 
 
-def random_case(seed: int, count: int, labels: list[str], right: float) -> tuple[list[str], list[str]]:
-    """Labels of people, unevenly spread, and of a model that is right so often."""
-    dice = random.Random(seed)
-    gold = [labels[min(int(dice.expovariate(0.8)), len(labels) - 1)] for _ in range(count)]
-    return gold, [label if dice.random() < right else dice.choice(list(LABELS)) for label in gold]
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        random_case(1, 150, list(LABELS), 0.7),
-        random_case(2, 40, ["bug", "other", "billing"], 0.3),  # some labels without a ticket, or never given
-        (["bug"] * 12, ["bug"] * 12),
-        (["bug"] * 9, ["billing"] * 9),
-    ],
-    ids=["usual", "odd", "all right", "all wrong"],
-)
-async def test_the_accuracy_and_its_interval_are_what_scipy_says(desk: Desk, case):
+def test_the_interval_of_an_accuracy_is_what_scipy_says():
     from scipy.stats import binomtest  # slow to import, and wanted here only
 
-    gold, given = case
-    brisk(desk)
-    done = await evaluated(desk, gold, given)
-    right, of = sum(map(str.__eq__, gold, given)), len(gold)
-    share, low, high, number = accuracy(done)
-    interval = binomtest(right, of).proportion_ci(method="wilson")
-    assert (share, number) == (pytest.approx(right / of, abs=6e-4), of)
-    assert [low, high] == pytest.approx([interval.low, interval.high], abs=6e-3)
+    for right, of in ((12, 12), (0, 9), (13, 40), (104, 150), (1, 1)):
+        interval = binomtest(right, of).proportion_ci(method="wilson")
+        told = f"{right / of:.3f} (95%: {interval.low:.2f} to {interval.high:.2f}) of {of}"
+        assert wilson(right, of) == told
 
 
 async def test_the_pairs_most_often_confused_are_named_with_tickets_to_look_at(desk: Desk):
@@ -297,7 +236,9 @@ async def test_the_pairs_most_often_confused_are_named_with_tickets_to_look_at(d
     gold = ["billing"] * 5 + ["bug", "bug", "how-to", "other", "bug", "other"]
     given = ["bug"] * 5 + ["billing", "billing", "bug", "how-to", "bug", "other"]
     line = note(await evaluated(desk, gold, given), "Accuracy: ")
-    _, _, confused = line.partition("; most often confused: ")
+    confused = line.partition("; most often confused: ")[2]
+    assert line.startswith("Accuracy: 0.182 (95%: ")
+    assert " of 11 labels by people; " in line
     assert confused.split("; ") == [
         "billing taken for bug 5 times (t0, t1, t2, ...)",
         "bug taken for billing 2 times (t5, t6)",
@@ -305,18 +246,16 @@ async def test_the_pairs_most_often_confused_are_named_with_tickets_to_look_at(d
     ]
 
 
-async def test_a_gold_label_is_compared_as_a_reply_is_and_what_is_none_is_left_out_and_counted(desk: Desk):
+async def test_a_gold_label_is_compared_as_a_reply_is_what_is_none_is_counted_and_all_can_be_ignored(desk: Desk):
     brisk(desk)
-    done = await evaluated(desk, ["Bug", "", "bug", "Refunds", "other"], ["bug", "bug", "other", "other", "other"])
-    assert accuracy(done)[0::3] == [0.667, 3]
+    done = await evaluated(desk, ["Bug", "", "bugs", "Refunds", "other"], ["bug", "bug", "other", "other", "other"])
+    assert re.match(r"Accuracy: 0\.667 .* of 3 labels by people", note(done, "Accuracy: "))
     assert "1 label by people" in note(done, "Left out of the accuracy: ")
-
-
-@pytest.mark.parametrize("column", ["label", None])
-async def test_without_labels_of_people_there_is_no_evaluation(desk: Desk, column):
-    brisk(desk, GOLD_COLUMN=column)
-    done = await evaluated(desk, [""] * 3 if column else ["bug"] * 3, ["bug"] * 3)
-    assert not re.search("accuracy|precision", done.stdout, re.I)
+    brisk(desk, GOLD_COLUMN=None)
+    async with Gateway(QUICK) as gateway:
+        ignoring = await desk.run(gateway)
+    assert ignoring.status == 0
+    assert "ccuracy" not in ignoring.stdout
 
 
 async def test_with_two_models_cost_and_accuracy_stand_by_model(desk: Desk):
@@ -329,7 +268,7 @@ async def test_with_two_models_cost_and_accuracy_stand_by_model(desk: Desk):
     assert done.status == 0
     assert note(done, "deepseek-chat: ") == ("deepseek-chat: 6 tickets, $0.16, accuracy 1.000 (95%: 0.61 to 1.00) of 6")
     assert note(done, f"{QWEN}: ") == f"{QWEN}: 4 tickets, $0.22, accuracy 0.750 (95%: 0.30 to 0.95) of 4"
-    assert accuracy(done)[0::3] == [0.9, 10]
+    assert re.match(r"Accuracy: 0\.900 .* of 10 labels", note(done, "Accuracy: "))
 
 
 # ---- After: confidence
@@ -346,15 +285,6 @@ async def test_with_logprobs_each_line_has_its_confidence(desk: Desk):
     assert "Without confidence" not in done.stdout
 
 
-async def test_without_logprobs_asked_for_no_line_has_a_confidence(desk: Desk):
-    brisk(desk)
-    desk.write(numbered(3))
-    async with Gateway(QUICK) as gateway:
-        done = await desk.run(gateway)
-    assert "logprobs" not in gateway.seen_body
-    assert not any("confidence" in line for line in done.lines)
-
-
 async def test_logprobs_switched_on_afterwards_says_how_many_lines_have_none(desk: Desk):
     brisk(desk)
     desk.write(numbered(3))
@@ -363,63 +293,5 @@ async def test_logprobs_switched_on_afterwards_says_how_many_lines_have_none(des
         desk.write(numbered(5))
         brisk(desk, LOGPROBS=True)
         done = await desk.run(gateway)
-    assert gateway.requests == 5, "nothing is paid again"
     assert note(done, "Without confidence: ").startswith("Without confidence: 3 labels")
     assert sum("confidence" in line for line in done.lines) == 2
-
-
-async def test_a_gateway_that_refuses_logprobs_says_so_in_its_own_words(desk: Desk):
-    brisk(desk, LOGPROBS=True)
-    desk.write(numbered(60))
-    async with Gateway(replace(QUICK, logprobs="refuse")) as gateway:
-        done = await desk.run(gateway)
-    assert (done.status, done.labels) == (1, {})
-    assert gateway.requests < 20
-    last = done.stdout.splitlines()[-1]
-    assert last.startswith("Stopped: every ticket is refused alike: 400 ")
-    assert "logprobs is not supported" in last
-
-
-async def test_a_gateway_that_ignores_logprobs_gives_labels_without_confidence(desk: Desk):
-    brisk(desk, LOGPROBS=True)
-    desk.write(numbered(30))
-    async with Gateway(replace(QUICK, logprobs="ignore")) as gateway:
-        done = await desk.run(gateway)
-    assert (done.status, len(done.labels)) == (0, 30)
-    assert not any("confidence" in line for line in done.lines)
-    assert note(done, "Without confidence: ").startswith("Without confidence: 30 labels")
-
-
-@pytest.mark.parametrize("logprob", [-(10**400), math.nan, "much", None, {}], ids=lambda value: str(value)[:5])
-async def test_a_nonsensical_logprob_costs_no_ticket(desk: Desk, logprob):
-    brisk(desk, LOGPROBS=True)
-    desk.write(numbered(3))
-    nonsense = {"content": [{"token": "billing", "logprob": logprob}]}
-    with mock.patch("tests.gateway.logprobs_of", return_value=nonsense):
-        async with Gateway(QUICK) as gateway:
-            done = await desk.run(gateway)
-    assert (done.status, done.labels) == (0, dict.fromkeys(numbered(3), "billing"))
-    assert gateway.billed_twice() == 0
-
-
-# ---- After: what the provider's cache saved
-
-
-@pytest.mark.parametrize("style", ["deepseek", "openai"])
-async def test_cached_tokens_are_priced_as_such(desk: Desk, style):
-    brisk(desk)
-    desk.write(numbered(20))
-    async with Gateway(replace(QUICK, tokens=(10_000, 3), cached_tokens=8_000, cached_style=style)) as gateway:
-        done = await desk.run(gateway)
-    usd = 20 * (2_000 * 0.27 + 8_000 * 0.07 + 3 * 1.10) / 1e6
-    assert summary(done) == ["Classified 20 tickets", "Tokens: 200,000 in / 60 out", f"Cost  : ${usd:.4f}"]
-    assert all(line["tokens_cached"] == 8_000 for line in done.lines)
-
-
-@pytest.mark.parametrize(("tokens_out", "said"), [(10, False), (11, True)])
-async def test_a_reply_longer_than_was_asked_for_is_said(desk: Desk, tokens_out: int, said: bool):
-    brisk(desk)
-    desk.write(numbered(2))
-    async with Gateway(replace(QUICK, tokens=(312, tokens_out))) as gateway:
-        done = await desk.run(gateway)
-    assert ("Longer than MAX_TOKENS: 2 " in done.stdout) == said

@@ -5,15 +5,12 @@ import subprocess
 import sys
 from unittest import mock
 
-import pytest
-
 import classify
 from tests.simulate import night
 
 
-@pytest.mark.parametrize("first", range(0, 40, 10))
-def test_in_simulated_nights_no_promise_is_broken(first):
-    assert [night(seed)[1] for seed in range(first, first + 10)] == [[]] * 10
+def test_in_simulated_nights_no_promise_is_broken():
+    assert {seed: broken for seed in range(40) if (broken := night(seed)[1])} == {}
 
 
 def test_a_seed_alone_replays_its_night():

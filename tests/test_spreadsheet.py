@@ -53,7 +53,7 @@ def reply(text: str) -> str:
     return '=HYPERLINK("https://x.example")' if "number" in text else "Bug." if "Größe" in text else "other"
 
 
-@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("delimiter", [",", "\t"])
 async def test_the_labels_stand_beside_every_cell_as_it_was_and_no_cell_is_a_formula(desk: Desk, delimiter: str):
     header = ["-Note", "Ticket ID", "Subject", "Body", "Note"]
     rows = [["-", id_, "", text, "=1+1"] for id_, text in AWKWARD.items()]
@@ -98,8 +98,11 @@ async def test_the_labels_of_one_ledger_are_written_as_lines_and_as_a_table_with
     async with Gateway(QUICK) as gateway:
         lines = await desk.run(gateway)
         table = await desk.run(gateway, "-o", "labels.csv")
-    assert (lines.status, table.status, gateway.requests) == (0, 0, 2)
-    assert lines.labels == table.labels == {"1": "bug", "2": "billing"}
+        again = await desk.run(gateway)
+    assert (table.status, again.status, gateway.requests) == (0, 0, 2)
+    assert lines.labels == table.labels == again.labels
+    names = {"classify.py", "tickets.csv", "labels.jsonl", "labels.csv", "labels.db"}
+    assert {path.name for path in desk.folder.iterdir()} == names
 
 
 async def snippet(containing: str, folder: Path) -> str:

@@ -1,7 +1,9 @@
 """How tickets.csv is read, in whatever way a spreadsheet wrote it; what is refused, and what is said about it."""
 
+import codecs
 import csv
 import io
+import itertools
 import os
 import re
 import time
@@ -13,10 +15,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import classify
-from classify import InputError, Job, Ticket, is_chinese, load_tickets
+from classify import InputError, Ticket, is_chinese, load_tickets
 from tests.conftest import Desk
-from tests.gateway import Gateway
-from tests.helpers import QUICK, run_here
+from tests.helpers import run_here
 
 
 @pytest.fixture
@@ -46,34 +47,31 @@ def refusal(read, content, **constants) -> list[str]:
 
 
 ONE = [("1", "a crash, now")]
-GROSS = 'ID;Größe\n1;"a crash, now"\n'
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
-@pytest.mark.parametrize("mark", ["", "\ufeff", "\ufeff\ufeff", "\u200b", "\ufeff\u200b"])
-@pytest.mark.parametrize("hint", ["", "sep={}\r\n", "Sep={}\r\n", '"sep={}"\r\n', "\r\n"])
-def test_the_delimiter_is_the_one_under_which_the_columns_are_found(read, delimiter, mark, hint):
+def test_the_delimiter_is_the_one_under_which_the_columns_are_found(read, delimiter):
     names = ['"a, b; c | d"', "ＩＤ\xa0", " Bo\u200bdy "]  # another name is full of the other delimiters
-    text = mark + hint.format(delimiter) + delimiter.join(names) + "\r\n" + delimiter.join(["x", "1", '"a crash, now"'])
-    assert pairs(read(text)) == ONE
+    rows = delimiter.join(names) + "\r\n" + delimiter.join(["x", "1", '"a crash, now"'])
+    marks = ("", "\ufeff", "\ufeff\u200b")
+    hints = ("", "Sep={}\r\n", '"sep={}"\r\n', "\r\n")
+    for mark, hint in itertools.product(marks, hints):
+        assert pairs(read(mark + hint.format(delimiter) + rows)) == ONE, (mark, hint)
 
 
 @pytest.mark.parametrize(
-    ("encoding", "setting"),
+    ("mark", "encoding", "setting"),
     [
-        ("utf-8", "utf-8-sig"),
-        ("utf-8", "utf-8"),
-        ("utf-8-sig", "utf-8"),
-        ("utf-8-sig", "cp1252"),
-        ("utf-16", "utf-8-sig"),
-        ("utf-16", "cp1252"),
-        ("utf-16-le", "utf-16-le"),
-        ("cp1252", "cp1252"),
-        ("utf-16-be", "utf-16-be"),
+        (b"", "utf-8", "utf-8-sig"),
+        (codecs.BOM_UTF8, "utf-8", "cp1252"),
+        (codecs.BOM_UTF16_LE, "utf-16-le", "cp1252"),
+        (codecs.BOM_UTF16_BE, "utf-16-be", "utf-8-sig"),
+        (b"", "utf-16-le", "utf-16-le"),
+        (b"", "cp1252", "cp1252"),
     ],
 )
-def test_a_byte_order_mark_is_believed_and_else_the_setting(read, encoding, setting):
-    tickets = read(GROSS.encode(encoding), ENCODING=setting, TEXT_COLUMNS=("größe",))
+def test_a_byte_order_mark_is_believed_and_else_the_setting(read, mark, encoding, setting):
+    tickets = read(mark + 'ID;Größe\n1;"a crash, now"\n'.encode(encoding), ENCODING=setting, TEXT_COLUMNS=("größe",))
     assert pairs(tickets) == ONE
     assert read.file.layout.header == ["ID", "Größe"]
 
@@ -97,21 +95,16 @@ def test_line_numbers_are_those_of_an_editor(read):
         ("id,body\n1,a\0b\n", {}, [("1", "a\0b")]),
         ("id,body,\na,x,note\nb,y,,\n", {}, [("a", "x"), ("b", "y")]),
         ("id,body,n,n\na,x,1,2\n", {}, [("a", "x")]),
-        ('id,body\na,"say ""hi"""\n', {}, [("a", 'say "hi"')]),
         ("a;b;c;d,id,body\nx,1,y\n", {}, [("1", "y")]),
         ("id,body\n", {}, []),
-        ('id,body\na,"one\ntwo\r\nthree\rfour"\nb,Bye', {}, [("a", "one\ntwo\r\nthree\rfour"), ("b", "Bye")]),
         ("id,body\r\n\r\n,\r\na,Hello\r\n , \r\n\r\n", {}, [("a", "Hello")]),
-        ("when,id,who,body,note\n1,a,me,Hello,x\n", {}, [("a", "Hello")]),
-        ("Body, ID\nHello,a\n", {}, [("a", "Hello")]),
-        ("id,body,note\na,Hello\n", {}, [("a", "Hello")]),
-        ("id,body\n1,发票 🙂\n", {}, [("1", "发票 🙂")]),
+        ("Body, ID,note\nHello,a\n", {}, [("a", "Hello")]),
     ],
     ids=[
         "one column as a string", "rows numbered", "one column in all", "several columns, blank ones left out",
         "a line break in a name", "ids as they are", "line ends of old Macs", "NUL in a text", "trailing commas",
-        "other columns of one name", "quotes doubled", "finer under a wrong delimiter", "a header alone",
-        "line ends in quotes", "rows of separators", "more columns", "another order", "a short row", "any script",
+        "other columns of one name", "finer under a wrong delimiter", "a header alone", "rows of separators",
+        "another order and a short row",
     ],
 )  # fmt: skip
 def test_what_is_read(read, content, constants, tickets):
@@ -122,81 +115,64 @@ def test_what_is_read(read, content, constants, tickets):
     ("content", "constants", "gold"),
     [
         ("id,body,Label\n1,x, Bug \n2,y\n", {}, ["Bug", ""]),
-        ("id,body,label\n1,x,urgent\n", {"GOLD_COLUMN": None}, [""]),
         ("id,body,label,label\n1,x,a,b\n", {"GOLD_COLUMN": None}, [""]),
         ("id,body,truth\n1,x,bug\n", {"GOLD_COLUMN": "Truth"}, ["bug"]),
-        ("id,body\n1,x\n", {}, [""]),
     ],
+    ids=["as it is", "ignored", "by another name"],
 )
 def test_a_gold_label_is_the_cell_as_it_is(read, content, constants, gold):
     assert [ticket.gold for ticket in read(content, **constants)] == gold
 
 
-def test_a_ticket_keeps_the_cells_of_its_row(read):
-    [ticket] = read(" ID ;Body;Note\n1; x ;<b>\n")
-    assert (read.file.layout.header, ticket.row, read.file.layout.delimiter) == (
-        [" ID ", "Body", "Note"],
-        ["1", " x ", "<b>"],
-        ";",
-    )
-
-
 # ---- What is sent of a text --------------------------------------------------------------------------
 
 B64 = "iVBORw0KGgo" * 1300
+SENT = [  # a cell, and what is sent of it
+    ("\xa0\r\n" * 9_000 + "a crash\n\n", "a crash"),
+    (f"<style>{'.x{}' * 5_000}</style>a crash", "a crash"),
+    (f"<STYLE type='a'>{'<!-- .x{} -->' * 2_000}</Style\n>a crash", "a crash"),
+    (f"<script src=x>{'if (a<b) c()' * 2_000}</script>a crash<style>x</style>", "a crash"),
+    ("a<style>x</style>crash", "a crash"),
+    ("the <style> tag crashes", "the <style> tag crashes"),
+    ("the <style> tag </b> crashes", "the <style> tag </b> crashes"),
+    ("<styled>a</styled> <b>crash</b>", "<styled>a</styled> <b>crash</b>"),
+    (f"<img src='data:image/png;base64,{B64}'>a crash", "<img src=''>a crash"),
+    (f"![](data:image/svg+xml;charset=utf-8;base64,{B64}==)a crash", "![]()a crash"),
+    (f"data:;base64,{B64} a crash", "a crash"),
+    ("data:image/png;base64," + "\r\n".join(["A" * 76] * 300) + "\r\na crash", "a crash"),
+    (f"data:image/png;base64,{B64}。应用崩溃", "。应用崩溃"),
+    ("data:export, please; data: a/b, c", "data:export, please; data: a/b, c"),
+    ("... -- !!", ""),
+    ("👍", ""),
+    ("<style>.x{}</style>", ""),
+]
 
 
-@pytest.mark.parametrize(
-    ("cell", "text"),
-    [
-        (" " * 12_000 + "a crash", "a crash"),
-        ("\xa0\r\n" * 9_000 + "a crash\n\n", "a crash"),
-        (f"<style>{'.x{}' * 5_000}</style>a crash", "a crash"),
-        (f"<STYLE type='a'>{'<!-- .x{} -->' * 2_000}</Style\n>a crash", "a crash"),
-        (f"<script src=x>{'if (a<b) c()' * 2_000}</script>a crash<style>x</style>", "a crash"),
-        ("a<style>x</style>crash", "a crash"),
-        ("the <style> tag crashes", "the <style> tag crashes"),
-        ("the <style> tag </b> crashes", "the <style> tag </b> crashes"),
-        ("<styled>a</styled> <b>crash</b>", "<styled>a</styled> <b>crash</b>"),
-        (f"<img src='data:image/png;base64,{B64}'>a crash", "<img src=''>a crash"),
-        (f"![](data:image/svg+xml;charset=utf-8;base64,{B64}==)a crash", "![]()a crash"),
-        (f"data:;base64,{B64} a crash", "a crash"),
-        ("data:image/png;base64," + "\r\n".join(["A" * 76] * 300) + "\r\na crash", "a crash"),
-        (f"data:image/png;base64,{B64}。应用崩溃", "。应用崩溃"),
-        ("data:export, please; data: a/b, c", "data:export, please; data: a/b, c"),
-        ("... -- !!", ""),
-        ("👍", ""),
-        ("<style>.x{}</style>", ""),
-    ],
-)
-def test_the_words_are_sent_not_what_is_around_them(read, cell, text):
-    row = io.StringIO()
-    csv.writer(row).writerow(["1", cell])
-    [ticket] = read("id,body\n" + row.getvalue())
-    assert (ticket.text, ticket.is_cut) == (text, False)
+def test_the_words_are_sent_not_what_is_around_them(read):
+    text = io.StringIO()
+    csv.writer(text).writerows([("id", "body"), *((n, cell) for n, (cell, _) in enumerate(SENT))])
+    for ticket, (cell, sent) in zip(read(text.getvalue()), SENT, strict=True):
+        assert (ticket.text, ticket.is_cut) == (sent, False), cell[:80]
 
 
-@pytest.mark.parametrize(("length", "is_cut"), [(12_000, False), (12_001, True), (5_000_000, True)])
-def test_a_long_text_is_cut(read, length, is_cut):
-    [ticket] = read(f"id,body\n1,{'x' * length}\n")
-    assert (len(ticket.text), ticket.is_cut) == (12_000, is_cut)
+def test_a_text_is_cut_at_12000_characters(read):
+    tickets = read(f"id,body\n1,{'x' * 12_000}\n2,{'x' * 12_001}\n")
+    assert [(len(ticket.text), ticket.is_cut) for ticket in tickets] == [(12_000, False), (12_000, True)]
 
 
-@pytest.mark.parametrize(
-    "piece",
-    ["<style>", "<style></script>", "</", "<style </", "</style", "<script <",
-     "data:", "data:a/", "data:;", "data:a/b;c=",
-     "data:a/b,\n", "data:a/b," + "A" * 40 + " ", " ", "-", "\n1,", "\n1,x"],
-)  # fmt: skip
-def test_no_cell_takes_long(read, piece):
-    began = time.process_time()
-    for end in ("", "</style>", '</style>"'):
-        cell = (piece * (2_000_000 // len(piece)) + end).replace('"', '""')
-        read(f'id,body\n1,"{cell}"\n')
-    assert time.process_time() - began < 5, "linear: about a second"
+PIECES = ["<style>", "<style></script>", "</", "<style </", "</style", "<script <", " ", "-", "\n1,", "\n1,x"]
+PIECES += ["data:", "data:a/", "data:;", "data:a/b;c=", "data:a/b,\n", "data:a/b," + "A" * 40 + " "]
 
 
-# ---- Which model is asked ----------------------------------------------------------------------------
+def test_no_cell_takes_long(read):
+    for piece in PIECES:
+        began = time.process_time()
+        for end in ("", "</style>", '</style>""'):
+            read(f'id,body\n1,"{piece * (2_000_000 // len(piece))}{end}"\n')
+        assert time.process_time() - began < 4, f"{piece!r}: linear is less than a second"
+
+
+# ---- What is Chinese ---------------------------------------------------------------------------------
 
 CHINESE = ("发票", "Please help: 发票 123", "𠮷", "x" * 99 + "票", "约翰・史密斯的发票", "。退款！")
 JAPANESE = ("請求書を送ってください", "エラー発生", "請求書ﾃｽﾄ", "領収書の再発行", "ｱ发")
@@ -205,26 +181,6 @@ NEITHER = ("", "Hello", "Ünïcödé", "한국어 문의", "Привет", "🙂
 
 def test_chinese_is_text_with_characters_of_the_han_script_and_no_kana():
     assert [text for text in (*CHINESE, *JAPANESE, *NEITHER) if is_chinese(text)] == list(CHINESE)
-
-
-@given(st.text())
-def test_no_text_is_chinese_without_a_character_of_the_han_script(text):
-    if not re.search("[\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]", text):
-        assert not is_chinese(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "chinese_model", "model"),
-    [
-        ("Hello", "qwen", "deepseek"),
-        ("我的发票", "qwen", "qwen"),
-        ("我的发票", None, "deepseek"),
-        ("請求書を", "qwen", "deepseek"),
-    ],
-)
-def test_chinese_tickets_go_to_the_chinese_model_where_there_is_one(text, chinese_model, model):
-    others = dict.fromkeys(Job.__dataclass_fields__)
-    assert Job(**others | {"model": "deepseek", "chinese_model": chinese_model}).model_for(text) == model
 
 
 # ---- What is counted ---------------------------------------------------------------------------------
@@ -280,20 +236,17 @@ SET = "Set ID_COLUMN and TEXT_COLUMNS at the top of classify.py"
         ("id,body\n1,x\n".encode("utf-16-le"), {}, ["UTF-16", 'ENCODING = "utf-16-le"']),
         ("id,body\n1,x\n".encode("utf-16-le"), {"ENCODING": "utf-16"}, ["utf-16"]),
         ("id,body\n1,x\n", {"ENCODING": "utf-99"}, ["ENCODING = 'utf-99'", "unknown"]),
-        ("id,body\n1,x\n", {"ENCODING": "base64"}, ["ENCODING = 'base64'"]),
         ('"id,body\n1,x\n', {}, ["tickets.csv:1: a quotation mark is not closed"]),
-        (b"id,body\n1,x\n2,caf\xe9\n", {}, ["tickets.csv:3: not UTF-8", REMEDY]),
         (b"N\xfc,T\xe4\n1,x\n2,\xe9\n", {}, ["tickets.csv:1: not UTF-8", "tickets.csv:3: not UTF-8", REMEDY]),
         (b'id,body\n1,"a\nb\nc\xe9"\n' + b"2,\xe9\n" * 9, {}, ["tickets.csv:4: not UTF-8", "and 5 more", REMEDY]),
         (b"\xff\xfe" + "id,body\n1,x\n2,".encode("utf-16-le") + b"\x00\xd8A\x00", {}, ["tickets.csv:3: not UTF-16"]),
-        (b"id,body\n1,\x81\n", {"ENCODING": "cp1252"}, ["tickets.csv:2: not CP1252"]),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_read_is_refused_with_the_remedy(read, content, constants, said):
     lines = "\n".join(refusal(read, content, **constants))
     assert all(words in lines for words in said), lines
     assert "hunter2" not in lines
-    assert lines.isprintable() or lines.replace("\n", "").isprintable()
+    assert lines.replace("\n", "").isprintable()
 
 
 @pytest.mark.parametrize(
@@ -356,8 +309,8 @@ def test_a_path_that_is_no_file_is_named_in_one_line(tmp_path, there):
         path = f"/dev/fd/{reading}"
     with pytest.raises(InputError) as error:
         load_tickets(str(path))
-    assert f"{path} is a pipe" in str(error.value) or there != "a pipe"
-    assert str(path) in str(error.value)
+    why = {"nothing": ": No such file", "a folder": ": Is a directory", "a pipe": " is a pipe"}[there]
+    assert f"{path}{why}" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -422,52 +375,21 @@ def test_any_bytes_are_read_or_refused(read, content):
 
 # ---- What a run says of it ---------------------------------------------------------------------------
 
-AT_ONCE = {  # what only a run can see, and one of each kind of the rest: the file, and what each line says of it
-    "a column": ("id,text\na,hunter2\n", ['no column "body"']),
-    "an id twice": ("id,body\na,hunter2\nb,two\n\na,three\n", [":5: the id a stands in line 2 already"]),
-    "several rows": (
-        "id,body\na,hunter2\n,two\na,three\nb\n",
-        [':3: no "id"', ":4: the id a stands in line 2 already", ":5: ends before its text"],
-    ),
-    "more than five": ("id,body\n" + ",hunter2\n" * 7, [f":{line}: " for line in range(2, 7)] + ["and 2 more"]),
-}
 
-
-@pytest.mark.parametrize(("content", "said"), AT_ONCE.values(), ids=AT_ONCE)
-def test_a_run_with_a_wrong_file_says_all_that_is_wrong_and_sends_nothing(desk: Desk, content, said):
-    desk.tickets.write_text(content)
+def test_a_run_with_a_wrong_file_says_all_that_is_wrong_and_sends_nothing(desk: Desk):
+    good = "".join(f"t{n},Hello\n" for n in range(5000))
+    desk.tickets.write_text("id,body\na,hunter2\n,two\na,three\nb\n" + good + ",hunter2\n" * 4)
     done = run_here(desk)
     assert (done.status, done.stdout) == (2, "")
     assert [path.name for path in desk.folder.glob("labels*")] == []
-    lines = done.stderr.splitlines()
-    assert lines[0].startswith("classify.py: tickets.csv")
-    assert len(lines) == len(said)
-    assert all(words in line for words, line in zip(said, lines, strict=True)), done.stderr
-    assert "hunter2" not in done.stderr
-
-
-@pytest.mark.parametrize("there", ["nothing", "a folder"])
-def test_a_run_without_a_file_names_it(desk: Desk, there):
-    if there == "a folder":
-        desk.tickets.mkdir()
-    done = run_here(desk)
-    assert (done.status, done.stdout) == (2, "")
-    assert re.fullmatch(r"classify\.py: tickets\.csv: .*(directory|denied).*\n", done.stderr)
-
-
-def test_an_error_after_many_good_tickets_is_found_before_anything_is_sent(desk: Desk):
-    desk.tickets.write_bytes(b"id,body\n" + b"".join(b"t%d,Hello\n" % n for n in range(5000)) + b"t5000,\xff\n")
-    done = run_here(desk)
-    assert done.status == 2
-    assert "tickets.csv:5002: not UTF-8" in done.stderr
-
-
-async def test_an_error_of_the_file_is_an_exit_status_of_the_command(desk: Desk):
-    desk.write([("a", "Hello")], header=("id", "text"))
-    async with Gateway(QUICK) as gateway:
-        done = await desk.run(gateway)
-    assert (done.status, done.stdout, gateway.requests) == (2, "", 0)
-    assert 'tickets.csv has no column "body"' in done.stderr
+    assert done.stderr.splitlines() == [
+        'classify.py: tickets.csv:3: no "id"',
+        "tickets.csv:4: the id a stands in line 2 already (ID_COLUMN = None numbers the rows)",
+        "tickets.csv:5: ends before its text; is it a footer, or an unquoted line break?",
+        'tickets.csv:5006: no "id"',
+        'tickets.csv:5007: no "id"',
+        "and 2 more",
+    ]
 
 
 ODD_ROWS = """id,body,note
@@ -485,11 +407,3 @@ def test_the_plan_says_what_is_odd_about_a_file_that_can_be_read(desk: Desk):
     assert done.status == 0
     assert re.search(r"^2 rows shorter than the header.* line 2$", done.stdout, re.M)
     assert re.search(r"^1 row with lines that look like rows.* line 3$", done.stdout, re.M)
-
-
-def test_the_plan_says_how_many_tickets_are_cut_or_without_text(desk: Desk):
-    desk.write({"1": "x" * 12_001, "2": "-- ", "3": "<style>.x{}</style>", "4": "y"})
-    done = run_here(desk, "--dry-run")
-    assert "4 tickets in tickets.csv: 2 to send to " in done.stdout
-    assert "2 without text" in done.stdout
-    assert "1 ticket cut at 12,000 characters (MAX_CHARS)" in done.stdout
