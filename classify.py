@@ -2227,26 +2227,31 @@ def lot_of(id_: str) -> int:
 
 # ---- output ----
 
-# The fields of a line of labels.jsonl, in their order; NULL: it does not apply, and is left out.
+# The lines of labels.jsonl. First the fields that each line has, then those that are left out
+# where they do not apply: `json_patch` takes no NULL over.
 # Equal tickets are asked about once: what that cost stands with the first of them.
 JSON_LINES = """
-    SELECT
-        id,
-        lines.label,
-        model,
-        digest,
-        iif(is_first, tokens_in, 0) AS tokens_in,
-        iif(is_first, tokens_out, 0) AS tokens_out,
-        iif(is_first AND tokens_cached, tokens_cached, NULL) AS tokens_cached,
-        iif(is_first AND estimated, 1, NULL) AS estimated,
-        iif(is_first, asked.cost_usd, 0) AS cost_usd,
-        confidence,
-        nullif(reply, lines.label) AS reply
+    SELECT json_patch(
+        json_object(
+            'id', id,
+            'label', lines.label,
+            'model', model,
+            'cost_usd', iif(is_first, asked.cost_usd, 0)
+        ),
+        json_object(
+            'digest', digest,
+            'tokens_in', iif(is_first, tokens_in, 0),
+            'tokens_out', iif(is_first, tokens_out, 0),
+            'tokens_cached', iif(is_first AND tokens_cached, tokens_cached, NULL),
+            'estimated', iif(is_first AND estimated, 1, NULL),
+            'confidence', confidence,
+            'reply', nullif(reply, lines.label)
+        )
+    )
     FROM wanted JOIN lines USING (number) LEFT JOIN asked USING (digest)
     WHERE lines.label IS NOT NULL
     ORDER BY wanted.number
 """
-ALWAYS_THERE = ("model", "cost_usd")
 CSV_LINES = """
     SELECT cells, label, coalesce(confidence, ''), coalesce(reply, '')
     FROM wanted JOIN lines USING (number)
@@ -2272,7 +2277,7 @@ def write_output(job: Job, ledger: Ledger, tickets: TicketFile) -> Path:
         if job.is_csv:
             write_csv(file, ledger, tickets.layout)
         else:
-            file.writelines(map(json_line, ledger.db.execute(JSON_LINES)))
+            file.writelines(f"{line}\n" for [line] in ledger.db.execute(JSON_LINES))
         file.flush()
         os.fsync(file.fileno())
     beside = job.output.with_stem(f"{job.output.stem}.new")
@@ -2307,16 +2312,6 @@ def hash_of(path: Path) -> str:
     """SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def json_line(row: sqlite3.Row) -> str:
-    """A line of labels.jsonl."""
-    fields = {
-        name: value
-        for name, value in zip(row.keys(), row, strict=True)
-        if value is not None or name in ALWAYS_THERE
-    }
-    return json.dumps(fields) + "\n"
 
 
 def write_csv(file: TextIO, ledger: Ledger, layout: Layout):

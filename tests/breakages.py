@@ -1,5 +1,5 @@
 # ruff: noqa: E501
-"""Thirty breakages of what the rules R1 to R9 mean, by hand: `python -m tests.breakages [NAME ...] [--jobs N]`. Not in CI.
+"""Breakages of what the rules R1 to R9 mean, by hand: `python -m tests.breakages [NAME ...] [--jobs N]`. Not in CI.
 
 Each takes one line of classify.py back, in a copy of the repository, and runs the tests until one fails. It prints the
 rows of the table in tests/README.md: the rule, what was broken, and what noticed it.

@@ -133,7 +133,6 @@ class Script:
     retry_after: str = "seconds"  # "seconds", "float", "ms", "date", "none"; else the header's very value
     tokens: tuple[int, int] | None = None  # billed in and out for each ticket; None = counted from the text
     cached_tokens: int = 0  # of the tokens in
-    cached_style: str = "deepseek"  # or "openai"
     faults: tuple[Fault, ...] = ()  # the first one that hits is what happens
     key: str | None = None  # any other key gets 401; None = every key is good
     reply: Callable[[str], str] = keyword_label  # text of the ticket -> content of the answer
@@ -925,7 +924,7 @@ class Gateway:
         self.tokens_out += tokens_out
         usage = {"prompt_tokens": tokens_in, "completion_tokens": tokens_out, "total_tokens": tokens_in + tokens_out}
         cached = min(script.cached_tokens, tokens_in)
-        match SERVERS[script.server].cached_style if script.server else script.cached_style:
+        match SERVERS[script.server].cached_style if script.server else "deepseek":
             case "openai":
                 usage["prompt_tokens_details"] = {"cached_tokens": cached}
             case "deepseek":

@@ -83,7 +83,6 @@ def dies(*given, **more):
 """
 MOMENTS = {
     "before anything is sent": ("os.fsync", 1),
-    "amid its lines": ("json_line", 60),
     "before it is synced": ("os.fsync", 2),
     "before its hash is synced": ("os.fsync", 3),
     "before it takes its place": ("os.replace", 1),
