@@ -58,6 +58,7 @@ BREAKAGES = [
     Breakage("R6", "what was perhaps billed is booked at an average", "    return worst_usage(question.asked())", "    return estimated_usage(length_of(question.asked()))", "budget"),
     Breakage("R7", "the window never shrinks", "            self.size = max(1, self.size / 2)", "            pass", "pacer"),
     Breakage("R7", "a refusal tells the pace nothing", "        self.pace.count(is_refused, now)", "        self.pace.count(False, now)", "pacer"),
+    Breakage("R7", "a limit is never forgotten", "        if now - self.refused_at > FORGET_S:", "        if False:", "pacer"),
     Breakage("R7", "the pace rises above RPM", "        self.per_s = min(self.per_s, self.max_per_s)", "        pass", "pacer"),
     Breakage("R8", "a notice is left out", "            say(f\"ticket {safe_to_show(question.id)} failed: {why}{advice}\")", "            pass", "kinds run"),
     Breakage("R8", "nothing is said while nothing comes", "        if has_changed:\n", "        if False:\n", "screen"),

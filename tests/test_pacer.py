@@ -401,6 +401,25 @@ def test_an_outage_costs_few_requests_and_little_time_after_it():
     assert trial.reached(9, after_s=180) <= 10
 
 
+def test_a_limit_that_was_not_met_for_four_minutes_is_forgotten():
+    async def run() -> float:
+        door = Door(600, 4, 60)
+        # As the refusals of an outage may leave it.
+        door.pace.per_s = door.pace.limit_per_s = 0.5
+
+        async def ask() -> None:
+            while asyncio.get_running_loop().time() < start + 330:
+                entry = await door.enter()
+                await asyncio.sleep(0.3)
+                door.leave(entry, ADMITTED)
+
+        start = asyncio.get_running_loop().time()
+        await asyncio.gather(*(ask() for _ in range(4)))
+        return door.pace.per_s
+
+    assert in_virtual_time(run()) > 9
+
+
 def test_a_machine_that_slept_goes_on():
     assert tried(World(10, jump_s=30)).share >= 0.85
 
