@@ -438,6 +438,14 @@ def test_a_lone_refusal_holds_its_own_ticket_only():
     in_virtual_time(run())
 
 
+def test_a_refused_ticket_without_retry_after_waits_four_fifths_of_a_second():
+    async def run() -> tuple[float, float]:
+        door = Door(600, 40, 60)
+        return door.leave(await door.enter(), REFUSED), door.leave(await door.enter(), ADMITTED)
+
+    assert in_virtual_time(run()) == (0.8, 0)
+
+
 def test_the_window_starts_at_four_and_answers_to_quick_answers_and_time_outs():
     async def run() -> None:
         door = Door(0, 40, 60)
