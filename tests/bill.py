@@ -146,9 +146,10 @@ class Evidence:
         """The tickets of the last run."""
         return self.tickets[-1] if self.tickets else {}
 
-    def texts(self, id_: str) -> set[str]:
-        """The texts that a line of the output may be about."""
-        return {tickets[id_] for tickets in ([self.now] if self.ended else self.tickets) if id_ in tickets}
+    def texts(self, id_: str) -> list[str]:
+        """The texts that a line of the output may be about, each once, in the order of the runs."""
+        runs = [self.now] if self.ended else self.tickets
+        return list(dict.fromkeys(tickets[id_] for tickets in runs if id_ in tickets))
 
     @cached_property
     def answers(self) -> list[Item]:
@@ -399,7 +400,8 @@ def fallback_true(of: Evidence) -> Broken:
     for line in of.lines or ():
         if not is_unnamed(of, line) or any(map(is_empty, of.texts(line["id"]))):
             continue
-        last = {item.prompt: item for item in about(of, line)}.values()
+        # A killed run may have left the output of a former one, when the ticket had another text.
+        last = {(item.text, item.prompt): item for item in about(of, line)}.values()
         replies = [squeezed(item.reply) for item in last if of.label_of(item) is None]
         reply = squeezed(line.get("reply"))
         if not reply or not any(reply in whole for whole in replies):
