@@ -617,7 +617,7 @@ NOUN = re.compile("-?(?:issue|report|request|inquiry|question|problem|query|tick
 GAP = re.compile(  # what is no part of a label's words
     r"\\[a-z]+(?=\{)"  # \boxed{bug}
     # Signs, but none that says no, or more, or stands alone: "≠ bug", "C#", "<100", "👍".
-    r"|(?![<>]\d|![^\W_]|!=|^.$)[^\w\u0900-\u0963\u0966-\u1fff+#%/&≠¬❌✗✘🚫-]"
+    r"|(?![<>]\d|![^\W_]|!=|^.$)[^\w\u0900-\u0963\u0966-\u1fff+#%/&≠¬❌✗✘✖✕×⛔🚫-]"
     r"|_|(?<=\w)-(?=\w)"  # how_to, how-to
     r"|(?<!\w)#"  # ## bug
 )
@@ -1179,9 +1179,11 @@ WORDS_AT = ("message", "detail", "msg", "error", "errors", "title", "reason", "s
 
 def error_of(status: int, headers: Mapping[str, str], data: object, raw: bytes) -> Outcome:
     """An error; its words decide nothing."""
-    # Without `error`, the whole body is the error.
+    # Without `error`, the whole body is the error; where it is a text, more may stand beside it.
     body = first_of(data)
-    error = first_of(dig(body, "error")) or body
+    error = first_of(dig(body, "error"))
+    if not isinstance(error, dict):
+        error = body
     given = dig(error, "code"), dig(error, "type")
     codes = [str(code) for code in given if code]
     words = words_of(error) or text_of_page(raw) or headers.get("location")
@@ -1284,10 +1286,13 @@ def seconds_until(date: str, now: str) -> float | None:
 
 # ---- one call: answers ----
 
-# Values of `finish_reason`, in lower case, up to a colon; any other is a complete answer.
-ENDED_BY_LENGTH = {"length", "max_tokens", "model_length"}
+# Values of `finish_reason`, in lower case, with _ for -, up to a colon; any other is a complete
+# answer.
+ENDED_BY_LENGTH = {"length", "max_tokens", "max_output_tokens", "model_length", "token_limit"}
 ENDED_BY_FILTER = {
     "content_filter",
+    "content_filtered",
+    "guardrail_intervened",
     "sensitive",
     "safety",
     "recitation",
@@ -1330,7 +1335,7 @@ def answer_of(choice: dict, message: object, usage: Usage | None) -> Outcome:
 
 def kind_of_answer(finish: str, reply: str, label: str | None) -> Kind:
     """Decides by how the answer ended; an unknown reason is a good end."""
-    ended_by = finish.casefold().partition(":")[0]
+    ended_by = finish.casefold().partition(":")[0].replace("-", "_")
     if ended_by in ENDED_BY_FILTER or ended_by in ENDED_BY_TOOL:
         return WITHHELD
     if ended_by in ENDED_BY_ERROR:
@@ -1361,8 +1366,8 @@ def parse_usage(usage: object) -> Usage | None:
     tokens_in = usage.get("prompt_tokens")
     tokens_out = usage.get("completion_tokens")
     total = usage.get("total_tokens") or 0
-    # DeepSeek's field, then OpenAI's.
-    cached = usage.get("prompt_cache_hit_tokens")
+    # DeepSeek's field, then Moonshot's, then OpenAI's.
+    cached = usage.get("prompt_cache_hit_tokens") or usage.get("cached_tokens")
     cached = cached or dig(usage.get("prompt_tokens_details"), "cached_tokens") or 0
     if not all(map(is_token_count, (tokens_in, tokens_out, total, cached))):
         return None
