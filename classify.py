@@ -253,12 +253,26 @@ class Job:
 # ---- tickets ----
 
 NOT_A_CSV = {  # how such a file begins
-    b"PK\x03\x04": "a workbook",
+    b"PK\x03\x04": "a workbook or an archive",
     b"\xd0\xcf\x11\xe0": "a workbook",
-    b"{": "JSON",
+    b"\x1f\x8b": "a gzip archive",
+    b"%PDF": "a PDF",
+    b"\x89PNG": "a picture",
+    b"SQLi": "a database",
+    b"PAR1": "a Parquet file",
+}
+# The same where a mark or blanks may stand before it.
+NOT_A_HEADER = {
+    "{": "JSON",
+    "[{": "JSON",
+    "[[": "JSON",
+    "<": "HTML or XML",
 }
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
+    # Before UTF-16, whose mark is the beginning of this one.
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
@@ -328,17 +342,23 @@ class Findings:
 
 def encoding_of(path: str) -> str:
     """The encoding that a byte-order mark names, else ENCODING; refuses what is no text."""
+    # Asked before it is opened, which would wait for a writer.
+    if Path(path).is_fifo():
+        raise InputError(f"{path} is a pipe, and it is read twice. Save it in a file first")
     with open(path, "rb") as file:
-        if not file.seekable():
-            raise InputError(f"{path} is a pipe, and it is read twice. Save it in a file first")
         start = file.read(4)
     for beginning, kind in NOT_A_CSV.items():
         if start.startswith(beginning):
-            raise InputError(f'{path} is {kind}. Save it as CSV; in Excel, as "CSV UTF-8"')
+            raise InputError(no_csv(path, kind))
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if start.startswith(mark):
             return encoding
     return ENCODING
+
+
+def no_csv(path: str, kind: str) -> str:
+    """Says what a file is instead."""
+    return f'{path} is {kind}. Save it as CSV; in Excel, as "CSV UTF-8"'
 
 
 def lines_of(path: str) -> Iterator[str]:
@@ -389,9 +409,12 @@ def open_rows(path: str, delimiter: str):
 
 def plain_name(name: str) -> str:
     """A column's name as it is compared: without case, width and signs that cannot be seen."""
-    seen = [sign for sign in name if unicodedata.category(sign) != "Cf"]
-    plain = unicodedata.normalize("NFKC", "".join(seen))
-    return plain.strip().casefold()
+    plain = name
+    # Asked first, as each ticket's id comes here too.
+    if not name.isascii():
+        seen = [sign for sign in name if unicodedata.category(sign) != "Cf"]
+        plain = unicodedata.normalize("NFKC", "".join(seen))
+    return " ".join(plain.split()).casefold()
 
 
 def layout_under(path: str, delimiter: str) -> Layout:
@@ -430,9 +453,15 @@ def find_layout(path: str) -> Layout:
 
 
 def why_missing(path: str, layout: Layout) -> str:
-    """Says which columns are there instead."""
-    if "\0" in layout.header[0]:
-        return f'{path} is UTF-16 without its mark: set ENCODING = "utf-16-le"'
+    """Says which columns are there instead, or what is no header at all."""
+    first = layout.header[0]
+    if "\0" in first:
+        order = "be" if first.startswith("\0") else "le"
+        return f'{path} is UTF-16 without its mark: set ENCODING = "utf-16-{order}"'
+    # Told before any of it is shown: it is the tickets themselves.
+    for beginning, kind in NOT_A_HEADER.items():
+        if first.lstrip().startswith(beginning):
+            return no_csv(path, kind)
     # Where there is no header, these are texts, so little is shown of each.
     there = ", ".join(name[:40] for name in layout.header)
     missing = " or ".join(f'"{name}"' for name in layout.missing())
@@ -450,7 +479,7 @@ BLOCKS = [
 ]
 # A file within the text: its type, and its bytes, which mail wraps in long lines.
 DATA_URI = re.compile(
-    r"data:(?:[\w.+-]++/[\w.+-]++|(?=;))(?:;[\w.+=-]*+)*+,"
+    r"(?<!\w)data:(?:[\w.+-]++/[\w.+-]++|(?=;))(?:;[\w.+=%-]*+)*+,"
     r"[!#-&*-;=?-~]*+(?:\s++[A-Za-z0-9+/]{40,}+=*+)*+"
 )
 WORD = re.compile(r"[^\W_]")
@@ -476,12 +505,13 @@ def ticket_of(row: list[str], layout: Layout, line: int, number: int) -> Ticket:
     if is_filled(row[len(layout.names) :]):
         quote = f"a text with {layout.delimiter!r} in it needs quotation marks"
         raise ValueError(f"more cells than columns; {quote}")
-    if not id_.strip():
+    # Nor is a line of dashes one, or a sign that cannot be seen.
+    if not WORD.search(id_):
         raise ValueError(f'no "{ID_COLUMN}"')
     if None in texts:
         raise ValueError("ends before its text; is it a footer, or an unquoted line break?")
-    id_as_name = id_.strip().casefold()
-    if row == layout.header or id_as_name == layout.id:
+    # With the columns in another order, perhaps.
+    if row == layout.header or plain_name(id_) in layout.names:
         raise ValueError("the header again; were files put together?")
     parts = map(cleaned, texts)
     text = "\n\n".join(filter(WORD.search, parts))
@@ -498,13 +528,17 @@ def ticket_of(row: list[str], layout: Layout, line: int, number: int) -> Ticket:
 def row_pattern(layout: Layout) -> re.Pattern:
     """Finds a line in a cell that looks like a row, as where a quotation mark is out of place.
 
-    It has as many delimiters as the header. None is before a blank, as the commas of prose are,
-    and its first word goes up to the first of them, which "We have 1,000 users" lacks.
+    It has as many delimiters as the header, none of them before a blank, as the commas of prose
+    are. Where a comma is the only one, the first cell is a single word and the second is not
+    empty: "We have 1,000 users" and "Dear Sir," are no rows.
     """
     comma = re.escape(layout.delimiter)
     others = len(layout.names) - 1
-    cell = rf"{comma}(?![ \r\n]|\Z)[^{comma}\n]*+"
-    return re.compile(rf"\n[^\s{comma}]++(?:{cell}){{{others}}}(?:\n|\Z)")
+    is_strict = layout.delimiter == "," and others == 1
+    first = rf"[^\s{comma}]++" if is_strict else rf"[^{comma}\r\n]++"
+    blanks = r" |[\r\n]|\Z" if is_strict else " "
+    cell = rf"{comma}(?!{blanks})[^{comma}\r\n]*+"
+    return re.compile(rf"[\r\n]{first}(?:{cell}){{{others}}}(?:[\r\n]|\Z)")
 
 
 class TicketFile:
@@ -550,6 +584,7 @@ class TicketFile:
             self.problems.add(line, f"{error}: is a quotation mark not closed, or not doubled?")
 
     def note_oddities(self, ticket: Ticket):
+        """Notes what is odd about a row that can be read, for the plan."""
         if len(ticket.row) < len(self.layout.names):
             self.short_rows.add(ticket.line)
         has_delimiters = len(self.layout.names) > 1

@@ -38,10 +38,11 @@ Process = asyncio.subprocess.Process | Forked
 class Done:
     """What a run left behind; the files are read when they are asked for."""
 
-    status: int | None
+    status: int | None  # None: it was killed
     stdout: str
     stderr: str
     output: Path
+    error: str = ""  # what it raised in virtual time, which it never may
 
     @property
     def lines(self) -> list[dict]:

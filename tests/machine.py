@@ -23,12 +23,12 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import classify
+from tests.conftest import Done
 
 EPOCH = 1_800_000_000  # when the clock begins: 2027-01-15 08:00 UTC
 KEY = "sk-simulated-0123456789abcdef"
@@ -36,17 +36,6 @@ KEY = "sk-simulated-0123456789abcdef"
 
 class Killed(KeyboardInterrupt):
     """The process ends here. The event loop lets a KeyboardInterrupt through at once."""
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a run left behind; status None: it was killed."""
-
-    status: int | None
-    stdout: str
-    stderr: str
-    output: Path
-    error: str = ""  # what it raised, which it never may
 
 
 # ---- time ----
