@@ -611,48 +611,85 @@ def is_chinese(text: str) -> bool:
 # Names of what stands beside an answer: thoughts, and the ticket once more.
 ASIDE = (
     "(?:think(?:ing)?|thoughts?|reason(?:s|ing)?|explanation|rationale|analysis|reflection"
-    "|scratchpad|ticket|subject|summary|description|customer)"
+    "|scratchpad|ticket|subject|summary|description|customer|confidence|certainty|probability)"
 )
-# <think>, [/THINK], <seed:think>, ◁think▷, <|begin_of_thought|>, <|END_THINKING|>
-ASIDE_TAG = re.compile(rf"[<\[◁]\|?(/|end_)?[\w:]*{ASIDE}(?:\s[^<>\[\]]*)?\|?[>\]▷]")
+ASIDE_TAG = re.compile(
+    # <think>, [/THINK], <seed:think>, ◁think▷, <|begin_of_thought|>, <|END_THINKING|>
+    rf"[<\[◁]\|?(?P<end>/|end_)?[\w:]*{ASIDE}(?:\s[^<>\[\]]*)?\|?[>\]▷]"
+    # gpt-oss: <|channel|>analysis, <|channel|>final
+    r"|<\|channel\|>(?P<final>final)?"
+)
+# Words for no in the languages that models answer in, and for what excludes.
+SAYS_NO = (
+    r"(?:n['’]t\b|(?<![^\W_])(?:no|not|non|none|never|neither|nor|nothing|without|except|unlikely"
+    r"|unclear|unknown|wrong|incorrect|excluded|excluding|rejected|ruled out"
+    r"|kein\w*|nicht|nein|nie|ohne|weder|geen|niet|nee|zonder|inte|ikke|ikkje|ingen|nej|nei|utan"
+    r"|uten|uden|ei|ilman|pas|aucune?|jamais|sans|sauf|ning[uú]n[ao]?|nunca|sin|salvo|n[aã]o"
+    r"|nenhuma?|sem|nessun[ao]?|senza|nu|nem|ne|není|brak|bez|не|нет|ни|без|кроме|ні|немає"
+    r"|δεν|όχι|χωρίς|değil|hayır|yok|bukan|tidak|tanpa|không|לא|אין|ללא|لا|ليس|ليست|غير|بدون)(?![^\W_])"
+    r"|नहीं|ไม่|[不非没無无并並]|排除|错误答案|なし|ない|以外|違う|아니|아님|없)"
+)
+IS_NO_NAME = re.compile(SAYS_NO)
+# "Not a", "This is not:", "None of these apply:"
+ENDS_IN_NO = re.compile(rf"{SAYS_NO}(?:[^.,;!?]*:|(?:\s\w+)?)[^\w.,;!?]*$")
+BEGINS_WITH_NO = re.compile(rf"\W*{SAYS_NO}")
+BEGINS_WITH_OR = re.compile(r"\W*(?:or|oder|ou|или|或)\b")
 
-INLINE_TAG = re.compile(r"(?<=\w) ?</?\w[^<>]*> ?(?=\w)")  # not <b>bug
+INLINE_TAG = re.compile(r"</?(?:b|i|u|em|strong|code|mark|span|font)\b[^<>]*>")  # not <b>bug
 PIECE_BREAK = re.compile(
     r"<[/|]?\w[^<>]*>"  # <answer>, </s>, <|im_end|>
     r"""|[{\[]\s*(?=["'])"""  # {"label": "bug"}
     r"""|,\s*(?=(["'])[^"'\n]*\1\s*:)"""  # , "reason": "it crashes"
+    r"|(?=\\boxed)"  # The answer is \boxed{bug}
 )
+# {"label": "bug", "confid
+CUT_NAME = re.compile(r"""(:\s*"[^"\n]*"),\s*"[^":\n]*"?\s*$""")
 # Three words without a full stop go on in the next line, unless that is "name: value".
 WRAPPED_LINE = re.compile(r"(?m)(\w \S+ \w+)\r?\n(?=[^:=\n]+$)")
 
 ITEM = re.compile(r"^(?:[-*•]|\d+[.)])\s+")  # "- bug", "2. bug"
-# Most words for no begin with n, and few names do: "Not: bug".
-NAME_WORD = r"(?![nн])[^\W\d_][^\s:=!'’]{1,20}"
+TICKED = re.compile(r"^(?:[-*•]\s+)?[\[(]x[\])]\s*")  # "- [x] bug"
+NAME_WORD = r"[^\W\d_][^\s:=!'’]{1,20}"
 NAME = re.compile(
     rf"^[\W_]*(?:{NAME_WORD}\s)?"  # "Final "
     rf"(?!{ASIDE}\b){NAME_WORD}?[^\w:=!]{{0,9}}?"  # "answer", "**Label**"
     r"(?:[:=→|\]】]|\s[-–—]+>?\s)\s*"  # "Label: bug", "label -> bug", "[/INST] bug"
 )
+# Names of the answer itself. Any other may be that of a second choice: "Alternative: bug".
+ANSWER_NAME = re.compile(
+    r"\W*(?:(?:the|my|best|final|main|primary|correct|chosen|selected|suggested|assigned"
+    r"|predicted|ticket|support)\W+)?"
+    r"(?:label|labels|category|categories|class|classification|type|tag|topic|intent|answer"
+    r"|result|output|response|prediction|choice|decision|final|selected|verdict|assistant"
+    r"|kategorie|antwort|ergebnis|catégorie|réponse|étiquette|categor[ií]a|etiqueta|respuesta"
+    r"|risposta|etichetta|resposta|categorie|label is|категория|метка|ответ"
+    r"|[标標][签籤]|[分类類别別]{2}|答案|结果|分[类類]结果|ラベル|カテゴリー?|回答|答え|결과|라벨|분류)"
+    r"[^\w:=]*[:=]"
+)
+# "Label: unclear" speaks against "Closest: bug" in another line.
 NAMES_NONE = re.compile(
-    # "Label: unclear" speaks against "Closest: bug" in another line.
-    r"\W*(?:(?:\w+\W)?(?:label|category|classification)[^\w:=]*[:=].*\w"
-    r"|[nн]\w*[^\w:]*:\W*$)"  # "Not:", with a label in the next line
+    r"\W*(?:\w+\W)?(?:label|category|classification|answer|final|selected)[^\w:=]*[:=].*\w"
 )
 
 SEPARATOR = re.compile(r"""["']?\s?[:=→|()\]】。,;]|\s[-–—]+>?\s|\.\s""")
 WHY = re.compile(
     r"\s?\("  # "bug (crash)"
+    rf"|\W{{1,3}}{ASIDE}\b"  # "bug. Confidence: 95%"
     r"""|(?!["',;=])"""  # in '"bug": "no sign of it"' and in "bug, billing" it is none
     r".*?(?:[^\W\d]{2}\W+[^\W\d]{2}"  # two words: "bug: no" and "bug: 0.1" have none
     r"|[\u3040-\u9fff]{5})"  # five kana or Chinese signs
 )
 # "bug report", "billing-issues"
-NOUN = re.compile("-?(?:issue|report|request|inquiry|question|problem|query|ticket|category)s?$")
+NOUN = re.compile(
+    # Not "2 tickets".
+    r"(?<!\d)-?(?:issue|report|request|inquiry|question|problem|query|ticket|category)s?$"
+)
 
 GAP = re.compile(  # what is no part of a label's words
     r"\\[a-z]+(?=\{)"  # \boxed{bug}
-    # Signs, but none that says no, or more, or stands alone: "≠ bug", "C#", "<100", "👍".
-    r"|(?![<>]\d|![^\W_]|!=|^.$)[^\w\u0900-\u0963\u0966-\u1fff+#%/&≠¬❌✗✘✖✕×⛔🚫-]"
+    # Signs, but none that says no, or more, or stands alone: "≠ bug", "[ ] bug", "<100", "👍".
+    r"|(?![<>$€£]\d|![^\W_]|!=|\[ ?\]|\( \)|^.$)"
+    r"[^\w\u0900-\u0963\u0966-\u1fff+#%/&≠¬~❌❎✗✘✖✕×⛔🚫☐○◯-]"
     r"|_|(?<=\w)-(?=\w)"  # how_to, how-to
     r"|(?<!\w)#"  # ## bug
 )
@@ -671,8 +708,11 @@ def named_label(reply: str) -> str | None:
     if label := plain_label(ITEM.sub("", answer)):
         return label
     named = set()
+    before = ""
+    mentioned = labels_mentioned(answer)
     for piece in pieces_of(answer):
-        named |= labels_in(piece)
+        named |= labels_in(piece, before, mentioned)
+        before = piece[-100:] or before
     if len(named) == 1:
         return named.pop()
     return None
@@ -687,7 +727,7 @@ def without_thoughts(reply: str) -> str:
     """Leaves out thoughts; one may begin before the reply. After one without an end: nothing."""
     # Two signs that stand in no reply mark where a thought begins, and where it ends.
     begin, end = "\1", "\2"
-    marked = ASIDE_TAG.sub(lambda tag: end if tag[1] else begin, reply)
+    marked = ASIDE_TAG.sub(lambda tag: end if tag.lastgroup else begin, reply)
     answer = re.sub(f"(?:{begin}|^)[^{begin}]*{end}", "\n", marked)
     return "" if begin in answer else answer
 
@@ -695,20 +735,41 @@ def without_thoughts(reply: str) -> str:
 def pieces_of(answer: str) -> Iterator[str]:
     """Yields lines, what stands between tags, and the values of JSON with their names."""
     text = INLINE_TAG.sub(" ", answer)
-    text = PIECE_BREAK.sub("\n", text)
+    text = CUT_NAME.sub(r"\1", text)
+    # A label in angle brackets is no tag: "Label: <bug>".
+    text = PIECE_BREAK.sub(lambda mark: plain_label(mark[0]) or "\n", text)
     text = WRAPPED_LINE.sub(r"\1 ", text)
     return map(str.strip, text.splitlines())
 
 
-def labels_in(piece: str) -> set[str | None]:
-    """The label that a piece names, None for doubt; empty for prose."""
-    text = ITEM.sub("", piece)
+def labels_in(piece: str, before: str, mentioned: set[str]) -> set[str | None]:
+    """The label that a piece names, None for doubt; empty for prose.
+
+    `before` is the end of the piece before it; `mentioned` are the labels anywhere in the reply.
+    """
+    chosen = TICKED.sub("", piece)
+    text = ITEM.sub("", chosen)
     if labels := explained_labels(text):
         # An item in a list of labels is perhaps not the chosen one.
-        return labels if text == piece else {None}
-    if labels := explained_labels(NAME.sub("", text)):
-        return labels
+        is_doubtful = text != chosen or ENDS_IN_NO.search(before)
+        return {None} if is_doubtful else labels
+    name = NAME.match(text)
+    is_name = name and not IS_NO_NAME.search(name[0])
+    if is_name and (labels := explained_labels(text[name.end() :])):
+        return labels if ANSWER_NAME.match(name[0]) else labels | mentioned
     return {None} if NAMES_NONE.match(text) else set()
+
+
+def labels_mentioned(text: str) -> set[str]:
+    """The labels whose words stand in a text, the fallback left out."""
+    return {label for label in LABELS if label != FALLBACK and label_pattern(label).search(text)}
+
+
+@cache
+def label_pattern(label: str) -> re.Pattern:
+    """Finds a label in folded prose, in which some alphabets have no gaps between words."""
+    words = re.escape(folded(label))
+    return re.compile(rf"(?<![a-z0-9]){words}(?![a-z0-9])")
 
 
 def explained_labels(text: str) -> set[str | None]:
@@ -721,12 +782,26 @@ def explained_labels(text: str) -> set[str | None]:
     for separator in reversed(separators):
         start, end = separator.span()
         if label := plain_label(text[:start]):
-            parts = SEPARATOR.split(text[end:])
+            explanation = text[end:]
+            if denies(label, explanation):
+                return {None}
+            parts = SEPARATOR.split(explanation)
             others = {plain_label(part) for part in parts if part}
             if WHY.match(text, start):
                 others.discard(None)
             return {label} | others
     return set()
+
+
+def denies(label: str, explanation: str) -> bool:
+    """Whether an explanation takes its label back: "not applicable", "or billing".
+
+    "no billing involved" speaks of another one.
+    """
+    if BEGINS_WITH_OR.match(explanation):
+        return True
+    is_negative = label != FALLBACK and BEGINS_WITH_NO.match(explanation)
+    return bool(is_negative) and not labels_mentioned(explanation) - {label}
 
 
 def plain_label(text: str) -> str | None:

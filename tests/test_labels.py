@@ -20,40 +20,53 @@ NAMES_BUG = {
         '"bug"', "„bug“", "「bug」", "【bug】", "[[bug]]", "(bug)", "<bug>", "[bug] The app crashes",
     ],
     "signs and emojis": ["bug!", "bug…", "🐛 bug", "🏷️ bug ✅", "=> bug", "→ bug", "\ufeffbug", "---\nbug"],
-    "LaTeX": ["\\boxed{bug}", "$\\boxed{\\text{bug}}$"],
+    "LaTeX": ["\\boxed{bug}", "$\\boxed{\\text{bug}}$", "The answer is $\\boxed{bug}$."],
+    "a ticked box": [
+        "[x] bug", "[ ] billing\n[x] bug", "- [ ] billing\n- [x] bug",
+        "( ) billing\n(x) bug", "☐ billing\n☑ bug",
+    ],
     "a fence": [
         "```\nbug\n```", "```text\nLabel: bug\n```", '```json\n{"label": "bug"}\n```', "Here you go:\n```\nbug\n```",
     ],
     "a noun behind it": ["bug report", "bug-report", "bug_report", "Bug issue", "bug reports"],
     "a name before it": [
         "Label: bug", "label=bug", "Category - bug", "label → bug", "Tag: bug", "FINAL ANSWER: Bug",
-        "Ticket type: bug",
+        "Ticket type: bug", "Label: <bug>", '{"name": "bug"}',
+    ],
+    "a name of the answer, with another label in prose": [
+        "Label: bug\n\nIt mentions billing.", "It is about billing.\nFinal answer: bug",
+        "Eine Frage zu billing?\nKategorie: bug", "它提到 billing。\n标签：bug",
+        '{"why": "no billing", "category": "bug"}',
     ],
     "a name in any language": [
         "类别：bug。", "ラベル：bug", "바그: bug", "Категория: bug", "Étiquette : bug", "ป้ายกำกับ: bug",
+        "Thema: bug\n\nIt worked the other day.", "Thema: bug\n\nRebillings are fine.",
     ],
     "a name in the line above": [
         "Label\nbug", "**Label:**\n\nbug", "The label is:\n\n`bug`", "Sure! Here is the label:\nbug",
     ],
     "an explanation behind it": [
         "bug: crash on start", "bug - not a billing matter", "bug — the app crashes", "bug (crash)",
-        "bug. The app crashes.", "bug: no billing involved", "bug：应用一启动就崩溃", "Label: bug (possible billing)",
+        "bug. The app crashes.", "bug: no billing involved",
+        "bug. Confidence: 95%", "bug, reason: crash", "bug：应用一启动就崩溃", "Label: bug (possible billing)",
     ],
     "an explanation in other lines": [
         "bug\n\nThe customer asks about billing.", "bug\nExplanation: not billing.", "Label: bug\nConfidence: 0.9",
         "Reason: a problem with billing\nLabel: bug", "The user writes about billing.\n\nbug",
-        "bug.\n\nIs anything else needed?",
+        "bug.\n\nIs anything else needed?", "Not a billing matter.\n\nbug", "It does not start, so the label is:\nbug",
     ],
     "JSON": [
         '{"label": "Bug"}', '{"result": {"label": "bug"}}', '["bug", "bug"]', '{"labels": ["bug"]}',
         "{'label': 'bug'}", 'Sure:\n{"label": "bug"}', 'Answer: {"label": "bug"}', '{"label": "bug", "score": 1}',
         '{"is_billing": false, "label": "bug"}', '{"reason": "It is \\"billing\\", they say", "label": "bug"}',
         '{"label": "bug"}\n\nThey say "billing".', '{"label": "bug", "reason": "it cra', '"label": "bug"}',
+        '{"label": "bug", "conf', '{"label": "bug", "confidence"', '{"reason": "it does not start", "label": "bug"}',
     ],
     "tags": [
         "<answer>bug</answer>", "<result>\n  Bug\n</result>", '<label value="x">bug</label>',
         "<strong>Label:</strong> bug", "<response><label>bug</label></response>",
         "<label>bug</label><reason>It is no billing</reason>", "Sure! <answer>bug</answer>",
+        "bug<br>Reason: billing", "<label>bug</label>It crashes.", "<answer><bug></answer>",
     ],
     "marks of a chat": [
         "bug</s>", "bug<|im_end|>", "<s> bug", "[/INST] bug", "bug<|endoftext|>Human: how-to cook",
@@ -69,6 +82,9 @@ NAMES_BUG = {
     ],
     "thoughts that began before the reply": ["billing</think>bug", "billing\n</think>\n\nbug"],
     "thoughts behind it": ["bug\n<reasoning>billing</reasoning>", 'bug\n<reason lang="en">billing</reason>'],
+    "certainty beside it": [
+        "<label>bug</label><confidence>billing</confidence>", "Confidence: billing\nLabel: bug",
+    ],
     "thoughts and the ticket by name": [
         "**Thinking:** billing\n**Label:** bug", "Ticket: billing\nLabel: bug", "Reason: billing\nbug",
     ],
@@ -92,11 +108,30 @@ NAMES_NONE = {
     "negations by a sign": ["❌ bug", "bug ❌", "label != bug", "!= bug", "≠ bug"],
     "a negation in dress": [
         "not **bug**", "not [bug]", "not <b>bug</b>", "is <b>not</b> bug", "不是<b>bug</b>", "not \\boxed{bug}",
-        "not `bug`",
+        "not `bug`", "not <strong>bug</strong>",
     ],
-    "a word for no, which is too short for a name": [
-        "Not: bug", "No: bug", "非：bug", "Neither: bug", "Nicht: bug", "Not:\nbug", "**Not:**\nbug",
+    "a word for no is no name": [
+        "Not: bug", "No: bug", "非：bug", "Neither: bug", "Nicht: bug", "Rejected: bug", "Ruled out: bug", "Kein: bug",
+        "pas: bug", "Ingen: bug", "Unclear: bug", "排除：bug", "非该类：bug", "не: bug", "δεν: bug", "不是：bug",
+        "以外: bug", "아님: bug", "नहीं: bug", "ไม่: bug",
+        "Not label: bug", '{"not_label": "bug"}', '{"rejected": "bug"}',
     ],
+    "a word for no in the line above": [
+        "Not:\nbug", "**Not:**\nbug", "Not a\nbug", "Definitely not\nbug", "It is not:\n\nbug", "It isn't\nbug",
+        "None of these apply:\nbug", "Keine:\nbug", "这不是：\nbug", "This is not <label>bug</label>",
+    ],
+    "an explanation that takes it back": [
+        "bug: not applicable", "bug (no)", "bug (not relevant)", "bug. No. It asks for an invoice.", "bug - none found",
+        "bug: no bug in sight", "bug (or billing)", "bug (or so)",
+    ],
+    "a second choice by name": [
+        "The label is billing.\nAlternative: bug", "I take billing.\n\nRunner-up: bug",
+        "billing, I think\nConsidered: bug",
+        "I would say **billing**.\nSecondary label: bug", '{"answer": "billing dispute", "alternative": "bug"}',
+        '{"selected": null, "candidates": ["bug"]}',
+    ],
+    "an empty box": ["[ ] bug", "- [ ] bug", "( ) bug", "☐ bug", "○ bug", "❎ bug"],
+    "a label that is struck out": ["~~bug~~", "~bug~"],
     "half a word": ["bug-", "-bug"],
     "a sentence over two lines": ["This is not a\nbug", "This is not a\r\nbug", "I cannot tell\nbug"],
     "several": [
@@ -120,7 +155,7 @@ NAMES_NONE = {
     ],
     "thoughts without an end": [
         "<think>", "<think>\nbug", "[THINK]bug", "<think>a</think><think>bug", "<|START_THINKING|>\nbug",
-        "◁think▷bug",
+        "◁think▷bug", "<|channel|>analysis<|message|>bug",
     ],
     "thoughts alone": [
         "<think>bug</think>", "Reason: bug", "Thoughts: bug", '{"reasoning": "bug"}', "<ticket>bug</ticket>",
@@ -130,7 +165,7 @@ NAMES_NONE = {
         "The customer mentions a bug, but the real", "This ticket is about billing rather than", "billing or", "bug/",
         "bug &", "Reason: Billing", '{"reason": "Billing', '{"reason": "Billing issue',
         '{"note": "They say \'bug\' and', "[THINK]\nOkay, the user has a billing", "Label: bil", "Neither bug nor",
-        'He wrote "x", "bug"',
+        'He wrote "x", "bug"', '["billing", "bug"', '{"labels": ["billing", "bug"',
     ],
 }  # fmt: skip
 
@@ -233,9 +268,10 @@ def test_any_list_of_labels_works_and_two_of_it_name_none(labels, monkeypatch):
 OTHER_LISTS = [  # of labels, with a reply and the label that it names
     (("spam", "not spam"), {"not-spam.": "not spam", "no spam": None, "this is not spam.": None, "never spam": None}),
     (("spam", "not spam", "urgent"), {"not urgent": None}),
+    (("bug", "other"), {"other: none of the above": "other"}),
     (("C++", "other"), {"C": None}),
     (("C", "other"), {"C#": None}),
-    (("1", "2", "10"), {"12": None, "2) 1": "1", "-1": None}),
+    (("1", "2", "10"), {"12": None, "2) 1": "1", "-1": None, "2 tickets": None, "$1": None}),
     (("1", "2", "10"), {'{"label": 10}': "10", '{"label": "2", "score": 1}': None}),
     (("Account", "Account - Login"), {"Account - Login: cannot log in": "Account - Login"}),
     (("Credit card", "other"), {"Credit card or mortgage": None}),
