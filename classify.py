@@ -1238,18 +1238,17 @@ def outcome_of(status: int, headers: Mapping[str, str], raw: bytes) -> Outcome:
     error = dig(data, "error") or dig(choice, "error")
     if has_content(error):
         # Free, and its own code decides, as the status says that all is well.
-        code = str(dig(error, "code"))
-        inner = int(code) if re.fullmatch("[345][0-9][0-9]", code) else 500
-        return error_of(inner, headers, {"error": error}, raw)
+        return error_of(status_of(first_of(error)), headers, {"error": error}, raw)
     if data is None:
         return Outcome(TORN, "200 without a whole answer", text_of_page(raw))
     usage = parse_usage(dig(data, "usage"))
     if message := dig(choice, "message"):
         return answer_of(choice, message, usage)
-    return Outcome(UNREADABLE, "200 of an unknown shape", text_of_page(raw), usage=usage)
+    words = words_of(data) or text_of_page(raw)
+    return Outcome(UNREADABLE, "200 of an unknown shape", words, usage=usage)
 
 
-def parse_json(raw: bytes) -> object:
+def parse_json(raw: bytes | str) -> object:
     """None for what is no JSON, such as a page, half an answer, or brackets without end."""
     try:
         return json.loads(raw)
@@ -1283,8 +1282,38 @@ QUOTA_CODE = re.compile("quota|balance|billing|credit", re.IGNORECASE)
 PARAMETER_CODES = {"unsupported_parameter", "unsupported_value", "unknown_parameter"}
 MODEL_CODES = {"model_not_found"}
 BUSY_CODES = {"capacity_exceeded"}
+# What an error in a 200 would have for a status, by its code or type; any other: 500.
+STATUS_OF_CODE = {
+    "invalid_request_error": 400,
+    "context_length_exceeded": 400,
+    "invalid_api_key": 401,
+    "authentication_error": 401,
+    "model_not_found": 404,
+    "rate_limit_exceeded": 429,
+    "rate_limit_error": 429,
+    "insufficient_quota": 429,
+}
 # Where the words of an error stand, best first.
-WORDS_AT = ("message", "detail", "msg", "error", "errors", "title", "reason", "status_msg")
+WORDS_AT = (
+    "message",
+    "detail",
+    "msg",
+    "error_description",
+    "error",
+    "errors",
+    "title",
+    "reason",
+    "status_msg",
+)
+
+
+def status_of(error: object) -> int:
+    """The status that an error in a 200 should have come with."""
+    given = [str(dig(error, name)) for name in ("code", "status", "type")]
+    for code in given:
+        if re.fullmatch("[345][0-9][0-9]", code):
+            return int(code)
+    return next((STATUS_OF_CODE[code] for code in given if code in STATUS_OF_CODE), 500)
 
 
 def error_of(status: int, headers: Mapping[str, str], data: object, raw: bytes) -> Outcome:
@@ -1297,6 +1326,8 @@ def error_of(status: int, headers: Mapping[str, str], data: object, raw: bytes) 
     given = dig(error, "code"), dig(error, "type")
     codes = [str(code) for code in given if code]
     words = words_of(error) or text_of_page(raw) or headers.get("location")
+    if behind := words_behind(error):
+        words = f"{words}: {behind}"
     wait_s = retry_after_s(headers)
     # Some give the status as the code once more.
     reason = dict.fromkeys([str(status), *codes])
@@ -1346,6 +1377,14 @@ def words_of(error: object) -> str:
         texts = map(words_of, error)
         return next(filter(None, texts), "")
     return error if isinstance(error, str) else ""
+
+
+def words_behind(error: object) -> str:
+    """What the provider behind OpenRouter said, which is often JSON once more."""
+    raw = dig(dig(error, "metadata"), "raw")
+    if not isinstance(raw, str):
+        return ""
+    return words_of(parse_json(raw)) or raw
 
 
 def text_of_page(raw: bytes) -> str:
@@ -1402,6 +1441,7 @@ ENDED_BY_LENGTH = {"length", "max_tokens", "max_output_tokens", "model_length", 
 ENDED_BY_FILTER = {
     "content_filter",
     "content_filtered",
+    "contentfilter",
     "guardrail_intervened",
     "sensitive",
     "safety",
@@ -1459,14 +1499,16 @@ def kind_of_answer(finish: str, reply: str, label: str | None) -> Kind:
 
 
 def text_of_content(content: object) -> str:
-    """A text, or the texts of a list of parts (thoughts are parts of another type)."""
-    if isinstance(content, list):
-        text_types = ("text", None)
-        parts = [part for part in content if dig(part, "type") in text_types]
-        texts = [dig(part, "text") for part in parts]
-        content = "".join(text for text in texts if isinstance(text, str))
-    text = content if isinstance(content, str) else ""
-    return text.strip()
+    """A text, or the texts of a part or of a list of them."""
+    parts = content if isinstance(content, list) else [content]
+    return "".join(map(text_of_part, parts)).strip()
+
+
+def text_of_part(part: object) -> str:
+    """The text of a part; thoughts are parts of another type."""
+    if dig(part, "type") in ("text", "output_text", None):
+        part = dig(part, "text") or part
+    return part if isinstance(part, str) else ""
 
 
 def parse_usage(usage: object) -> Usage | None:
@@ -1476,6 +1518,9 @@ def parse_usage(usage: object) -> Usage | None:
     tokens_in = usage.get("prompt_tokens")
     tokens_out = usage.get("completion_tokens")
     total = usage.get("total_tokens") or 0
+    if total and tokens_out is None:
+        # Gemini leaves out what is 0.
+        tokens_out = 0
     # DeepSeek's field, then Moonshot's, then OpenAI's.
     cached = usage.get("prompt_cache_hit_tokens") or usage.get("cached_tokens")
     cached = cached or dig(usage.get("prompt_tokens_details"), "cached_tokens") or 0

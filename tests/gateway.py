@@ -662,7 +662,7 @@ CUT = "cut"  # the client left, the connection was lost, or after the work came 
 REFUSED = "refused"  # a response without any work
 HUNG = "hung"  # no response until the gateway's end
 CUT_SHORT = frozenset({"length", "max_tokens", "model_length"})
-FILTERED = frozenset({"content_filter", "sensitive", "safety", "recitation", "refusal"})
+FILTERED = frozenset({"content_filter", "sensitive", "safety", "recitation", "refusal", "contentfilter"})
 CALLED_A_TOOL = frozenset({"tool_calls", "tool_use", "function_call"})
 BROKE_OFF = frozenset({"error", "abort", "cancelled", "network_error", "insufficient_system_resource"})
 UNFINISHED = FILTERED | CALLED_A_TOOL | BROKE_OFF
@@ -685,6 +685,9 @@ def asked_of(body: dict) -> dict[str, object]:
 def tokens_told(usage: object) -> dict[str, int] | None:
     """The tokens of a `usage`; None where it makes no sense. Thoughts may be counted apart, in the total alone."""
     match usage:
+        # Nothing but what the total says.
+        case {"total_tokens": int(), "completion_tokens": None}:
+            return tokens_told(usage | {"completion_tokens": 0})
         case {"prompt_tokens": int(tokens_in), "completion_tokens": int(tokens_out)} if (
             tokens_in > 0 <= tokens_out < MOST_TOKENS
         ):
@@ -699,10 +702,14 @@ def tokens_told(usage: object) -> dict[str, int] | None:
 
 def text_of(content: object) -> str | None:
     """The content of a message; where it is a list of parts, the text of those that are text, and no thoughts."""
-    if isinstance(content, list):
-        parts = [part for part in content if isinstance(part, dict) and part.get("type", "text") == "text"]
-        return "".join(str(part.get("text", "")) for part in parts)
-    return content if isinstance(content, str) else None
+    match content:
+        case str():
+            return content
+        case {"text": str(text)} if content.get("type", "text") in ("text", "output_text"):
+            return text
+        case [*parts]:
+            return "".join(text_of(part) or "" for part in parts)
+    return None
 
 
 def says_something(value: object) -> bool:

@@ -59,6 +59,9 @@ COMPLETE = {
     "thoughts that are a text, then a part": message([{"type": "reasoning", "text": "billing"}, TEXT]),
     "two parts": message([{"type": "text", "text": "bu"}, {"type": "text", "text": "g"}]),
     "a part without a type": message([{"text": "bug"}]),
+    "a part named as in OpenAI's other interface": message([{"type": "output_text", "text": "bug"}]),
+    "parts that are texts": message(["bu", "g"]),
+    "a part without a list": message(TEXT),
     "thoughts in the text": message("<think>billing?</think>bug"),
     "thoughts in a field": message("bug", reasoning_content="billing, I think"),
     "a refusal that is null": message("bug", refusal=None),
@@ -99,6 +102,7 @@ TWICE_PAID = {
         "a list around it": answers(lambda answer: [answer]),
         "a text": answers(lambda answer: "bug"),
         "a number": answers(lambda answer: 1e999),
+        "words of its own": answers(lambda answer: {"message": "No wind today", "usage": answer["usage"]}),
     },
     # So often as MAX_RETRIES = 1 says.
     "broken off": {
@@ -118,7 +122,7 @@ TWICE_PAID = {
 WITHHELD = {
     "ended by content_filter": message("bug", "content_filter"),
     "ended with a cause": message("bug", "content_filter: SAFETY"),
-    **{f"ended by {reason}": message("bug", reason) for reason in ("SAFETY", "sensitive", "refusal", "RECITATION")},
+    **{f"ended by {reason}": message("bug", reason) for reason in ("SAFETY", "sensitive", "refusal", "contentFilter")},
     **{f"ended by {reason}": message("bug", reason) for reason in ("tool_calls", "function_call", "tool_use")},
     "words of a refusal": message(None, "content_filter", refusal="I cannot help with that"),
 }
@@ -133,7 +137,8 @@ async def test_an_answer_is_complete_whatever_its_end_is_called_and_in_whatever_
 
 BEGINNINGS = {  # of what cannot be used; it is shown and kept
     "another envelope": '{"output": {"id": "chatcmpl-',
-    "a text": '"bug"',
+    "a text": ": bug",
+    "words of its own": ": No wind today",
     "a page": "Hello from nginx",
     "half an answer": '{"id": "chatcmpl-',
     "prose": "The customer mentions a bug, but the real",
@@ -173,6 +178,9 @@ ERRORS_IN_200 = {  # what stands in it: how it ends
     "code 422 in text": ({"error": INNER | {"code": "422"}}, "rejected"),
     "code 504": ({"error": INNER | {"code": 504}}, "gateway timed out"),
     "code 9": ({"error": INNER | {"code": 9}}, "server error"),
+    "status 422": ({"error": INNER | {"status": 422}}, "rejected"),
+    "the code of a bad request": ({"error": INNER | {"type": "invalid_request_error"}}, "rejected"),
+    "a list": ({"error": [INNER | {"code": 422}]}, "rejected"),
 }
 
 
@@ -191,6 +199,8 @@ TOKENS = {  # what usage says: tokens in, out and cached; None where they are es
     "as it is": (usage(), (300, 2, 0)),
     "thoughts in the total alone": (usage(completion_tokens=2, total_tokens=450), (300, 150, 0)),
     "no total": (usage(total_tokens=None), (300, 2, 0)),
+    "none out but in the total": (usage(completion_tokens=None, total_tokens=330), (300, 30, 0)),
+    "none out at all": (usage(completion_tokens=None, total_tokens=None), None),
     "a total that is too small": (usage(total_tokens=17), (300, 2, 0)),
     "cached, DeepSeek": (usage(prompt_cache_hit_tokens=256), (300, 2, 256)),
     "cached, OpenAI": (usage(prompt_tokens_details={"cached_tokens": 128}), (300, 2, 128)),
@@ -221,7 +231,7 @@ async def test_tokens_are_what_usage_says_or_estimated_where_it_makes_no_sense(d
     assert f"Estimated: the tokens of {estimated} requests without `usage`" in done.stdout
 
 
-ODD_LOGPROBS = [float("nan"), -float("inf"), -(10**400), 0.5, "-0.1", None, {}]
+ODD_LOGPROBS = [float("nan"), -float("inf"), -(10**400), 0.5, "-0.1", None, {"a": 0}]
 NO_CONFIDENCE = {
     **{f"{str(odd)[:9]}": choice(logprobs={"content": [{"logprob": -0.1}, {"logprob": odd}]}) for odd in ODD_LOGPROBS},
     "no tokens": choice(logprobs={"content": []}),
@@ -279,6 +289,8 @@ LIMITS = [  # status, body, Retry-After: a wait, however often
     (429, b"", {}),
     (429, {"message": "insufficient balance"}, {}),
     (200, error(429), {}),
+    (200, error("rate_limit_exceeded"), {}),
+    (200, error(None, "rate_limit_error"), {}),
     *((status, error(), {"Retry_After": "0"}) for status in (400, 401, 403, 404, 408, 500, 503, 529)),
     (503, error(), {"Retry_After_Ms": "20"}),
 ]
@@ -290,6 +302,7 @@ QUOTAS = [
     (429, error("credit_limit_reached")),
     (429, {"code": "BILLING_HARD_LIMIT"}),
     (200, error(429, "insufficient_quota")),
+    (200, error("insufficient_quota")),
 ]
 AWAY = "https://elsewhere.test/v1"
 STOP_AT_ONCE = [  # what the last line says
@@ -356,6 +369,11 @@ async def test_what_no_waiting_mends_stops_the_run_at_once(desk: Desk):
     await side_by_side(desk, STOP_AT_ONCE, one)
 
 
+def openrouter(raw: str) -> dict:
+    """An error of the provider behind it."""
+    return {"error": {"message": "No wind", "code": 428, "metadata": {"raw": raw, "provider_name": "Calm"}}}
+
+
 WORDS = {  # status, one for each, so that each is shown: body, and what must be shown of it
     400: (error(message="Wind from the north"), "Wind from the north"),
     402 + 1: ({"message": "Wind from the south"}, "Wind from the south"),
@@ -372,6 +390,9 @@ WORDS = {  # status, one for each, so that each is shown: body, and what must be
     421: (b"Wind in plain words", "Wind in plain words"),
     422: ({"wind": "elsewhere"}, '{"wind": "elsewhere"}'),
     423: (b"", "Locked"),
+    426: ({"error": "no_wind", "error_description": "Wind of long ago"}, "Wind of long ago"),
+    428: (openrouter('{"error": {"message": "Wind behind"}}'), "No wind: Wind behind"),
+    430: (openrouter("Wind behind the wind"), "No wind: Wind behind the wind"),
     431: ({"error": {"code": 7, "message": ""}}, '{"error": {"code": 7, "message": ""}}'),
     451: (error("policy_violation", "content_error", "Wind"), "Wind"),
     460: (b"", "no words came with it"),
