@@ -346,13 +346,19 @@ def encoding_of(path: str) -> str:
     if Path(path).is_fifo():
         raise InputError(f"{path} is a pipe, and it is read twice. Save it in a file first")
     with open(path, "rb") as file:
-        start = file.read(4)
+        start = file.read(1000)
     for beginning, kind in NOT_A_CSV.items():
         if start.startswith(beginning):
             raise InputError(no_csv(path, kind))
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if start.startswith(mark):
             return encoding
+    # In any other encoding no header has such a byte.
+    header = start.partition(b"\n")[0]
+    zero_at = header.find(b"\0")
+    if zero_at >= 0 and "16" not in ENCODING:
+        order = "le" if zero_at % 2 else "be"
+        raise InputError(f'{path} is UTF-16 without its mark: set ENCODING = "utf-16-{order}"')
     return ENCODING
 
 
@@ -455,9 +461,6 @@ def find_layout(path: str) -> Layout:
 def why_missing(path: str, layout: Layout) -> str:
     """Says which columns are there instead, or what is no header at all."""
     first = layout.header[0]
-    if "\0" in first:
-        order = "be" if first.startswith("\0") else "le"
-        return f'{path} is UTF-16 without its mark: set ENCODING = "utf-16-{order}"'
     # Told before any of it is shown: it is the tickets themselves.
     for beginning, kind in NOT_A_HEADER.items():
         if first.lstrip().startswith(beginning):
@@ -479,8 +482,8 @@ BLOCKS = [
 ]
 # A file within the text: its type, and its bytes, which mail wraps in long lines.
 DATA_URI = re.compile(
-    r"(?<!\w)data:(?:[\w.+-]++/[\w.+-]++|(?=;))(?:;[\w.+=%-]*+)*+,"
-    r"[!#-&*-;=?-~]*+(?:\s++[A-Za-z0-9+/]{40,}+=*+)*+"
+    r"data:(?<!\wdata:)(?:[\w.+-]++/[\w.+-]++|(?=;))(?:;[\w.+=%-]*+)*+,"
+    r"[!#-%*-;=?-~]*+(?:\s++[A-Za-z0-9+/]{40,}+=*+)*+"
 )
 WORD = re.compile(r"[^\W_]")
 
