@@ -42,7 +42,7 @@ import time
 import unicodedata
 import urllib.request
 from argparse import ArgumentParser, Namespace
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -590,8 +590,9 @@ class TicketFile:
         """Notes what is odd about a row that can be read, for the plan."""
         if len(ticket.row) < len(self.layout.names):
             self.short_rows.add(ticket.line)
+        with_lines = [cell for cell in ticket.row if "\n" in cell or "\r" in cell]
         has_delimiters = len(self.layout.names) > 1
-        if has_delimiters and any(map(self.row_in_cell.search, ticket.row)):
+        if has_delimiters and any(map(self.row_in_cell.search, with_lines)):
             self.swallowed.add(ticket.line)
 
 
@@ -1075,24 +1076,28 @@ class Question:
     # A complete reply that named no label: the model is asked once more.
     unnamed_reply: str | None = None
 
-    def conversation(self) -> list[dict]:
-        """The messages behind the system prompt, in the form of the API."""
-        messages = [{"role": "user", "content": self.text}]
+    def conversation(self) -> list[tuple[str, str]]:
+        """The messages behind the system prompt: role and text."""
+        messages = [("user", self.text)]
         if self.unnamed_reply is not None:
             messages += [
-                {"role": "assistant", "content": self.unnamed_reply},
-                {"role": "user", "content": f"Answer with exactly one of: {', '.join(LABELS)}"},
+                ("assistant", self.unnamed_reply),
+                ("user", f"Answer with exactly one of: {', '.join(LABELS)}"),
             ]
         return messages
 
     def body(self) -> bytes:
         """The JSON of the request."""
-        conversation = json.dumps(self.conversation())
-        return f"{opening(self.model)}, {conversation[1:]}}}".encode()
+        # Written by hand but for the texts: this runs for each request.
+        messages = [
+            f'{{"role": "{role}", "content": {json.dumps(text)}}}'
+            for role, text in self.conversation()
+        ]
+        return f"{opening(self.model)}, {', '.join(messages)}]}}".encode()
 
     def asked(self) -> str:
         """All its texts, for counting tokens."""
-        texts = [message["content"] for message in self.conversation()]
+        texts = [text for _, text in self.conversation()]
         return "".join([SYSTEM_PROMPT, *texts])
 
 
@@ -1251,10 +1256,12 @@ def outcome_of(status: int, headers: Mapping[str, str], raw: bytes) -> Outcome:
     return Outcome(UNREADABLE, "200 of an unknown shape", words, usage=usage)
 
 
-def parse_json(raw: bytes | str) -> object:
+def parse_json(raw: bytes) -> object:
     """None for what is no JSON, such as a page, half an answer, or brackets without end."""
     try:
-        return json.loads(raw)
+        # An answer that was cut within a character is read, too.
+        text = raw.removeprefix(codecs.BOM_UTF8).decode(errors="replace")
+        return json.loads(text)
     except (ValueError, RecursionError):
         return None
 
@@ -1387,7 +1394,7 @@ def words_behind(error: object) -> str:
     raw = dig(dig(error, "metadata"), "raw")
     if not isinstance(raw, str):
         return ""
-    return words_of(parse_json(raw)) or raw
+    return words_of(parse_json(raw.encode(errors="replace"))) or raw
 
 
 def text_of_page(raw: bytes) -> str:
@@ -2745,7 +2752,7 @@ class Run:
 
     async def label(self, question: Question):
         """Sends a ticket until it has its label or has failed; or the run ends before."""
-        tries = Counter()
+        tries: dict[Kind, int] = defaultdict(int)
         if question.unnamed_reply is not None:
             # An earlier run had its first reply.
             tries[NO_LABEL] = 1
@@ -2830,7 +2837,7 @@ class Run:
             self.stop(too_few(question.model, named, of, outcome.kind))
 
 
-def backoff_s(tries: Counter[Kind]) -> float:
+def backoff_s(tries: dict[Kind, int]) -> float:
     """BACKOFF_S x 2^(tries before), at most BACKOFF_MAX_S; a refusal waits as the door says."""
     finite = [kind for kind in tries if kind.retries < math.inf]
     failures = sum(tries[kind] for kind in finite)

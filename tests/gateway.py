@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import codecs
 import hashlib
 import json
 import math
@@ -722,7 +723,9 @@ def says_something(value: object) -> bool:
 def answer_in(body: bytes) -> tuple[dict, dict] | None:
     """The answer that a client can read in a response's body, and its first choice; None where there is none."""
     try:
-        answer = json.loads(body) if len(body) <= MOST_READ else None
+        # A cut within a character costs no more than that character.
+        text = body.removeprefix(codecs.BOM_UTF8).decode(errors="replace")
+        answer = json.loads(text) if len(body) <= MOST_READ else None
     except (ValueError, RecursionError):
         return None
     match answer:

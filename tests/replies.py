@@ -44,6 +44,12 @@ def answers(
     return handler
 
 
+async def half_a_character(gateway: Gateway, call: Call) -> web.Response:
+    """A reply that was cut by tokens: the last letter of "bug\n\n错" is there by half."""
+    raw = json.dumps(await gateway.work(call)).encode()
+    return web.Response(body=raw.replace(b'"bug"', b'"bug\\n\\n\xe9\x94"'), content_type=JSON)
+
+
 def choice(**fields: object) -> Handler:
     """The right answer, with other fields in its first choice; those that are None are null."""
     return answers(lambda answer: answer | {"choices": [answer["choices"][0] | fields]})

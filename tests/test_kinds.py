@@ -17,7 +17,19 @@ from classify import retry_after_s
 from tests.conftest import Desk, Done, numbered
 from tests.gateway import FAULTS, Fault, Gateway, Handler, off_list
 from tests.helpers import Witness, brisk, side_by_side
-from tests.replies import NEVER, PLAIN, QUICK_PACE, answers, at_first, choice, error, message, sends, usage
+from tests.replies import (
+    NEVER,
+    PLAIN,
+    QUICK_PACE,
+    answers,
+    at_first,
+    choice,
+    error,
+    half_a_character,
+    message,
+    sends,
+    usage,
+)
 
 # ---- A run with a row in each ticket -------------------------------------------------------------------
 
@@ -71,6 +83,7 @@ COMPLETE = {
     "a mark before it": answers(start=b"\xef\xbb\xbf"),
     "blank lines before it": answers(start=b"\n\n\n"),
     "plain text by its header": answers(mime="text/plain"),
+    "half a character at its end": half_a_character,
 }
 TWICE_PAID = {
     "cut off": {

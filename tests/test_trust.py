@@ -596,7 +596,7 @@ HARMS = {
     "a code that is a list": Harm(500, error_with(code=[1], message={"a": 1})),
     "a number of 5000 digits": Harm(body=b'{"usage": ' + b"9" * 5000 + b"}"),
     "brackets that can be read and not looked through": Harm(body=b'{"error": ' + b"[" * 700 + b"]" * 700 + b"}"),
-    "bytes that are no UTF-8": Harm(body=b'{"choices": [{"message": {"content": "\xff\xfe"}}]}'),
+    "bytes that are no UTF-8": Harm(body=b'\xff\xfe{"choices": [{"message": {"content": "bug"}}]}'),
     "an early hint for ever": Harm(304),
     "no content": Harm(204),
     "gzip that is none": Harm(body=b"billing", headers=(("Content-Encoding", "gzip"),)),
