@@ -624,7 +624,7 @@ ASIDE_TAG = re.compile(
     r"|<\|channel\|>(?P<final>final)?"
 )
 # Words for no in the languages that models answer in, and for what excludes.
-SAYS_NO = (
+NO_WORD = (
     r"(?:n['’]t\b|(?<![^\W_])(?:no|not|non|none|never|neither|nor|nothing|without|except|unlikely"
     r"|unclear|unknown|wrong|incorrect|excluded|excluding|rejected|ruled out"
     r"|kein\w*|nicht|nein|nie|ohne|weder|geen|niet|nee|zonder|inte|ikke|ikkje|ingen|nej|nei|utan"
@@ -633,10 +633,10 @@ SAYS_NO = (
     r"|δεν|όχι|χωρίς|değil|hayır|yok|bukan|tidak|tanpa|không|לא|אין|ללא|لا|ليس|ليست|غير|بدون)(?![^\W_])"
     r"|नहीं|ไม่|[不非没無无并並]|排除|错误答案|なし|ない|以外|違う|아니|아님|없)"
 )
-IS_NO_NAME = re.compile(SAYS_NO)
+HAS_NO = re.compile(NO_WORD)
 # "Not a", "This is not:", "None of these apply:"
-ENDS_IN_NO = re.compile(rf"{SAYS_NO}(?:[^.,;!?]*:|(?:\s\w+)?)[^\w.,;!?]*$")
-BEGINS_WITH_NO = re.compile(rf"\W*{SAYS_NO}")
+ENDS_IN_NO = re.compile(rf"{NO_WORD}(?:[^.,;!?]*:|(?:\s\w+)?)[^\w.,;!?]*$")
+BEGINS_WITH_NO = re.compile(rf"\W*{NO_WORD}")
 BEGINS_WITH_OR = re.compile(r"\W*(?:or|oder|ou|или|或)\b")
 
 INLINE_TAG = re.compile(r"</?(?:b|i|u|em|strong|code|mark|span|font)\b[^<>]*>")  # not <b>bug
@@ -648,8 +648,8 @@ PIECE_BREAK = re.compile(
 )
 # {"label": "bug", "confid
 CUT_NAME = re.compile(r"""(:\s*"[^"\n]*"),\s*"[^":\n]*"?\s*$""")
-# Three words without a full stop go on in the next line, unless that is "name: value".
-WRAPPED_LINE = re.compile(r"(?m)(\w \S+ \w+)\r?\n(?=[^:=\n]+$)")
+# Three words without a full stop go on in the next line, unless one of the two is "name: value".
+WRAPPED_LINE = re.compile(r"(?m)(\w [^\s:=]+ \w+)\r?\n(?=[^:=\n]+$)")
 
 ITEM = re.compile(r"^(?:[-*•]|\d+[.)])\s+")  # "- bug", "2. bug"
 TICKED = re.compile(r"^(?:[-*•]\s+)?[\[(]x[\])]\s*")  # "- [x] bug"
@@ -662,7 +662,7 @@ NAME = re.compile(
 # Names of the answer itself. Any other may be that of a second choice: "Alternative: bug".
 ANSWER_NAME = re.compile(
     r"\W*(?:(?:the|my|best|final|main|primary|correct|chosen|selected|suggested|assigned"
-    r"|predicted|ticket|support)\W+)?"
+    r"|predicted|recommended|proposed|appropriate|ticket|support|issue|request|message|case)\W+)?"
     r"(?:label|labels|category|categories|class|classification|type|tag|topic|intent|answer"
     r"|result|output|response|prediction|choice|decision|final|selected|verdict|assistant"
     r"|kategorie|antwort|ergebnis|catégorie|réponse|étiquette|categor[ií]a|etiqueta|respuesta"
@@ -758,7 +758,7 @@ def labels_in(piece: str, before: str, mentioned: set[str]) -> set[str | None]:
         is_doubtful = text != chosen or ENDS_IN_NO.search(before)
         return {None} if is_doubtful else labels
     name = NAME.match(text)
-    is_name = name and not IS_NO_NAME.search(name[0])
+    is_name = name and not HAS_NO.search(name[0])
     if is_name and (labels := explained_labels(text[name.end() :])):
         return labels if ANSWER_NAME.match(name[0]) else labels | mentioned
     return {None} if NAMES_NONE.match(text) else set()

@@ -35,6 +35,7 @@ NAMES_BUG = {
     ],
     "a name of the answer, with another label in prose": [
         "Label: bug\n\nIt mentions billing.", "It is about billing.\nFinal answer: bug",
+        "Issue type: bug\n\nNo billing.",
         "Eine Frage zu billing?\nKategorie: bug", "它提到 billing。\n标签：bug",
         '{"why": "no billing", "category": "bug"}',
     ],
@@ -51,7 +52,8 @@ NAMES_BUG = {
         "bug. Confidence: 95%", "bug, reason: crash", "bug：应用一启动就崩溃", "Label: bug (possible billing)",
     ],
     "an explanation in other lines": [
-        "bug\n\nThe customer asks about billing.", "bug\nExplanation: not billing.", "Label: bug\nConfidence: 0.9",
+        "bug\n\nThe customer asks about billing.", "bug\nExplanation: not billing.",
+        "Final answer: bug\nThe app crashes.", "Label: bug\nConfidence: 0.9",
         "Reason: a problem with billing\nLabel: bug", "The user writes about billing.\n\nbug",
         "bug.\n\nIs anything else needed?", "Not a billing matter.\n\nbug", "It does not start, so the label is:\nbug",
     ],
