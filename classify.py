@@ -630,7 +630,8 @@ NO_WORD = (
     r"|kein\w*|nicht|nein|nie|ohne|weder|geen|niet|nee|zonder|inte|ikke|ikkje|ingen|nej|nei|utan"
     r"|uten|uden|ei|ilman|pas|aucune?|jamais|sans|sauf|ning[uú]n[ao]?|nunca|sin|salvo|n[aã]o"
     r"|nenhuma?|sem|nessun[ao]?|senza|nu|nem|ne|není|brak|bez|не|нет|ни|без|кроме|ні|немає"
-    r"|δεν|όχι|χωρίς|değil|hayır|yok|bukan|tidak|tanpa|không|לא|אין|ללא|لا|ليس|ليست|غير|بدون)(?![^\W_])"
+    r"|δεν|όχι|χωρίς|değil|hayır|yok|bukan|tidak|tanpa|không|לא|אין|ללא|لا|ليس|ليست|غير|بدون)"
+    r"(?![^\W_])"
     r"|नहीं|ไม่|[不非没無无并並]|排除|错误答案|なし|ない|以外|違う|아니|아님|없)"
 )
 HAS_NO = re.compile(NO_WORD)
@@ -648,7 +649,7 @@ PIECE_BREAK = re.compile(
 )
 # {"label": "bug", "confid
 CUT_NAME = re.compile(r"""(:\s*"[^"\n]*"),\s*"[^":\n]*"?\s*$""")
-# Three words without a full stop go on in the next line, unless one of the two is "name: value".
+# Three words without a full stop go on in the next line, unless either is "name: value".
 WRAPPED_LINE = re.compile(r"(?m)(\w [^\s:=]+ \w+)\r?\n(?=[^:=\n]+$)")
 
 ITEM = re.compile(r"^(?:[-*•]|\d+[.)])\s+")  # "- bug", "2. bug"
