@@ -49,7 +49,7 @@ from dataclasses import dataclass, replace
 from email.utils import formatdate, parsedate_to_datetime
 from enum import Enum
 from functools import cache, cached_property
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import TextIO
 
@@ -154,8 +154,8 @@ def safe_to_show(text: str) -> str:
     # Its blanks will be one each; what stands far behind is not shown anyway.
     beginning = text[: 4 * SHOWN_CHARS]
     one_line = " ".join(beginning.split())
-    escaped = repr(one_line[:SHOWN_CHARS])
-    return escaped[1:-1]
+    signs = [c if c.isprintable() else repr(c)[1:-1] for c in one_line[:SHOWN_CHARS]]
+    return "".join(signs)
 
 
 def letters_of(text: str) -> str:
@@ -266,6 +266,7 @@ NOT_A_HEADER = {
     "{": "JSON",
     "[{": "JSON",
     "[[": "JSON",
+    '["': "JSON",
     "<": "HTML or XML",
 }
 BYTE_ORDER_MARKS = {
@@ -460,10 +461,11 @@ def find_layout(path: str) -> Layout:
 
 def why_missing(path: str, layout: Layout) -> str:
     """Says which columns are there instead, or what is no header at all."""
-    first = layout.header[0]
     # Told before any of it is shown: it is the tickets themselves.
+    start = "".join(islice(lines_of(path), 5))
+    without_blanks = "".join(start.split())
     for beginning, kind in NOT_A_HEADER.items():
-        if first.lstrip().startswith(beginning):
+        if without_blanks.startswith(beginning):
             return no_csv(path, kind)
     # Where there is no header, these are texts, so little is shown of each.
     there = ", ".join(name[:40] for name in layout.header)
@@ -477,8 +479,11 @@ def why_missing(path: str, layout: Layout) -> str:
 # Each pattern takes linear time: what it has begun to match, it matches to some end. A block that
 # is never closed is kept, because a customer may write about "the <style> tag".
 BLOCKS = [
-    re.compile(rf"(?is)<{tag}[\s/>][^<]*+(?:<(?!/{tag})[^<]*+)*+(</{tag}\s*>?)?")
-    for tag in ("style", "script")
+    re.compile(r"<!--[^-]*+(?:-(?!->)[^-]*+)*+(-->)?"),
+    *(
+        re.compile(rf"(?is)<{tag}[\s/>][^<]*+(?:<(?!/{tag})[^<]*+)*+(</{tag}\s*>?)?")
+        for tag in ("style", "script", "svg")
+    ),
 ]
 # A file within the text: its type, and its bytes, which mail wraps in long lines.
 DATA_URI = re.compile(
@@ -637,7 +642,18 @@ NO_WORD = (
 HAS_NO = re.compile(NO_WORD)
 # "Not a", "This is not:", "None of these apply:"
 ENDS_IN_NO = re.compile(rf"{NO_WORD}(?:[^.,;!?]*:|(?:\s\w+)?)[^\w.,;!?]*$")
-BEGINS_WITH_NO = re.compile(rf"\W*{NO_WORD}")
+BEGINS_WITH_NO = re.compile(rf"\W*(?:(?:it|this|that|is|was|does|do)\s)*{NO_WORD}")
+# What follows where a label is taken back: "bug: no", "bug: not really applicable". Most
+# explanations that begin with a word for no do not: "bug: not able to log in".
+JUDGES = re.compile(
+    r"\W*(?:$|[,.;!?)])|\W+(?:\w+\W+){0,3}(?:apply|applies|applicable|relevan|mention|indicat"
+    r"|eviden|signs? of|present\b|relat|fit|matter|case|involved|found|likely)"
+    r"|有?(?:适用|提|涉|相关|关|是|符|属)"
+)
+CATCH_ALLS = {
+    *("other", "others", "misc", "sonstiges", "autre", "otro", "outro", "altro", "overig"),
+    *("прочее", "другое", "其他", "その他", "기타"),
+}
 BEGINS_WITH_OR = re.compile(r"\W*(?:or|oder|ou|или|或)\b")
 
 INLINE_TAG = re.compile(r"</?(?:b|i|u|em|strong|code|mark|span|font)\b[^<>]*>")  # not <b>bug
@@ -650,7 +666,7 @@ PIECE_BREAK = re.compile(
 # {"label": "bug", "confid
 CUT_NAME = re.compile(r"""(:\s*"[^"\n]*"),\s*"[^":\n]*"?\s*$""")
 # Three words without a full stop go on in the next line, unless either is "name: value".
-WRAPPED_LINE = re.compile(r"(?m)(\w [^\s:=]+ \w+)\r?\n(?=[^:=\n]+$)")
+WRAPPED_LINE = re.compile(r"(?m)(\w [^\s:=]+ \w+)\r?\n(?=(?:(?!\s[-–—]+>?\s)[^:=→\n])+$)")
 
 ITEM = re.compile(r"^(?:[-*•]|\d+[.)])\s+")  # "- bug", "2. bug"
 TICKED = re.compile(r"^(?:[-*•]\s+)?[\[(]x[\])]\s*")  # "- [x] bug"
@@ -661,19 +677,27 @@ NAME = re.compile(
     r"(?:[:=→|\]】]|\s[-–—]+>?\s)\s*"  # "Label: bug", "label -> bug", "[/INST] bug"
 )
 # Names of the answer itself. Any other may be that of a second choice: "Alternative: bug".
-ANSWER_NAME = re.compile(
-    r"\W*(?:(?:the|my|best|final|main|primary|correct|chosen|selected|suggested|assigned"
-    r"|predicted|recommended|proposed|appropriate|ticket|support|issue|request|message|case)\W+)?"
+ANSWER_ADJECTIVE = (
+    r"(?:(?:the|my|best|final|main|primary|correct|chosen|selected|suggested|assigned|predicted"
+    r"|recommended|proposed|appropriate|ticket|support|issue|request|message|case)\W+)?"
+)
+ANSWER_NOUN = (
     r"(?:label|labels|category|categories|class|classification|type|tag|topic|intent|answer"
     r"|result|output|response|prediction|choice|decision|final|selected|verdict|assistant"
     r"|kategorie|antwort|ergebnis|catégorie|réponse|étiquette|categor[ií]a|etiqueta|respuesta"
     r"|risposta|etichetta|resposta|categorie|label is|категория|метка|ответ"
     r"|[标標][签籤]|[分类類别別]{2}|答案|结果|分[类類]结果|ラベル|カテゴリー?|回答|答え|결과|라벨|분류)"
-    r"[^\w:=]*[:=]"
+)
+ANSWER_NAME = re.compile(rf"\W*{ANSWER_ADJECTIVE}{ANSWER_NOUN}[^\w:=]*[:=]")
+# "Based on the text, the label for this ticket should be: "
+LEAD_IN = re.compile(
+    rf"[^:]{{0,60}}\b{ANSWER_NOUN}(?:\W+(?:for|of)\W+(?:this|the)(?:\W+\w+){{1,2}})?"
+    r"(?:\W*(?:is|should be|would be|ist|lautet|est|es|è|é|是|为|は))?\W*:\s*"
 )
 # "Label: unclear" speaks against "Closest: bug" in another line.
 NAMES_NONE = re.compile(
-    r"\W*(?:\w+\W)?(?:label|category|classification|answer|final|selected)[^\w:=]*[:=].*\w"
+    rf"\W*{ANSWER_ADJECTIVE}(?:label|category|classification|answer|final|selected)"
+    r"[^\w:=]*[:=].*\w"
 )
 
 SEPARATOR = re.compile(r"""["']?\s?[:=→|()\]】。,;]|\s[-–—]+>?\s|\.\s""")
@@ -681,13 +705,14 @@ WHY = re.compile(
     r"\s?\("  # "bug (crash)"
     rf"|\W{{1,3}}{ASIDE}\b"  # "bug. Confidence: 95%"
     r"""|(?!["',;=])"""  # in '"bug": "no sign of it"' and in "bug, billing" it is none
-    r".*?(?:[^\W\d]{2}\W+[^\W\d]{2}"  # two words: "bug: no" and "bug: 0.1" have none
-    r"|[\u3040-\u9fff]{5})"  # five kana or Chinese signs
+    r".*?(?:[^\W\d]['’]?[^\W\d]\W+[^\W\d]{2}"  # two words: "bug: no" and "bug: 0.1" have none
+    r"|[\u3040-\u9fff]{4})"  # four kana or Chinese signs
 )
 # "bug report", "billing-issues"
 NOUN = re.compile(
     # Not "2 tickets".
-    r"(?<!\d)-?(?:issue|report|request|inquiry|question|problem|query|ticket|category)s?$"
+    r"(?<!\d)-?(?:issue|report|request|[ie]nquir(?:y|ie)|question|problem|quer(?:y|ie)|ticket"
+    r"|label|categor(?:y|ie))s?$"
 )
 
 GAP = re.compile(  # what is no part of a label's words
@@ -758,7 +783,7 @@ def labels_in(piece: str, before: str, mentioned: set[str]) -> set[str | None]:
         # An item in a list of labels is perhaps not the chosen one.
         is_doubtful = text != chosen or ENDS_IN_NO.search(before)
         return {None} if is_doubtful else labels
-    name = NAME.match(text)
+    name = NAME.match(text) or LEAD_IN.match(text)
     is_name = name and not HAS_NO.search(name[0])
     if is_name and (labels := explained_labels(text[name.end() :])):
         return labels if ANSWER_NAME.match(name[0]) else labels | mentioned
@@ -766,8 +791,14 @@ def labels_in(piece: str, before: str, mentioned: set[str]) -> set[str | None]:
 
 
 def labels_mentioned(text: str) -> set[str]:
-    """The labels whose words stand in a text, the fallback left out."""
-    return {label for label in LABELS if label != FALLBACK and label_pattern(label).search(text)}
+    """The labels whose words stand in a text, but for `other`, a word like any."""
+    named = (label for label in LABELS if not is_catch_all(label))
+    return {label for label in named if label_pattern(label).search(text)}
+
+
+def is_catch_all(label: str) -> bool:
+    """Whether a label stands for all that has no other."""
+    return label == FALLBACK or folded(label) in CATCH_ALLS
 
 
 @cache
@@ -799,21 +830,22 @@ def explained_labels(text: str) -> set[str | None]:
 
 
 def denies(label: str, explanation: str) -> bool:
-    """Whether an explanation takes its label back: "not applicable", "or billing".
-
-    "no billing involved" speaks of another one.
-    """
+    """Whether an explanation takes its label back: "not applicable", "or billing"."""
     if BEGINS_WITH_OR.match(explanation):
         return True
-    is_negative = label != FALLBACK and BEGINS_WITH_NO.match(explanation)
-    return bool(is_negative) and not labels_mentioned(explanation) - {label}
+    no = BEGINS_WITH_NO.match(explanation)
+    mentioned = labels_mentioned(explanation)
+    # "other: none of these"; "bug: no billing involved" speaks of another label.
+    if not no or is_catch_all(label) or mentioned - {label}:
+        return False
+    return label in mentioned or bool(JUDGES.match(explanation, no.end()))
 
 
 def plain_label(text: str) -> str | None:
     """The label that a text is nothing but, in whatever dress."""
     by_words = label_by_words(tuple(LABELS))
     words = "-".join(words_of_label(text))
-    singular = words.removesuffix("s")
+    singular = re.sub("ies$", "y", words).removesuffix("s")
     without_noun = NOUN.sub("", words)
     for spelling in (words, singular, without_noun):
         if spelling in by_words:
@@ -1336,7 +1368,9 @@ def error_of(status: int, headers: Mapping[str, str], data: object, raw: bytes) 
         error = body
     given = dig(error, "code"), dig(error, "type")
     codes = [str(code) for code in given if code]
-    words = words_of(error) or text_of_page(raw) or headers.get("location")
+    words = words_of(error) or text_of_page(raw)
+    if location := headers.get("location"):
+        words = f"{location} {words}".strip()
     if behind := words_behind(error):
         words = f"{words}: {behind}"
     wait_s = retry_after_s(headers)
@@ -1415,10 +1449,10 @@ def phrase_of(status: int) -> str:
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
     """Seconds to wait, by Retry-After: a number or a date (RFC 9110, 10.2.3).
 
-    Also read, as some send them: "2s", and retry-after-ms. None without them.
+    Also read, as some send them: "2s", "2 seconds", and retry-after-ms. None without them.
     """
     given = headers.get("retry-after", "").strip()
-    if number := re.fullmatch(r"([\d.]{1,20})\s*s?", given):
+    if number := re.fullmatch(r"([\d.]{1,20})\s*(?:s|sec|seconds?)?", given):
         return number_or_none(number[1])
     if given:
         now = headers.get("date") or formatdate(usegmt=True)
@@ -1446,32 +1480,15 @@ def seconds_until(date: str, now: str) -> float | None:
 
 # ---- one call: answers ----
 
-# Values of `finish_reason`, in lower case, with _ for -, up to a colon; any other is a complete
-# answer.
-ENDED_BY_LENGTH = {"length", "max_tokens", "max_output_tokens", "model_length", "token_limit"}
-ENDED_BY_FILTER = {
-    "content_filter",
-    "content_filtered",
-    "contentfilter",
-    "guardrail_intervened",
-    "sensitive",
-    "safety",
-    "recitation",
-    "blocklist",
-    "prohibited_content",
-    "spii",
-    "refusal",
-    "error_toxic",
-}
-ENDED_BY_TOOL = {"tool_calls", "tool_call", "tool_use", "function_call"}
-ENDED_BY_ERROR = {
-    "error",
-    "abort",
-    "cancelled",
-    "network_error",
-    "insufficient_system_resource",
-    "error_limit",
-}
+# How an answer ended, by what stands in its `finish_reason`, without case, signs, and the cause
+# behind a colon. Any other is a complete answer.
+ENDED_BY_FILTER = re.compile(
+    "filter|safety|sensitive|guardrail|moderation|policy|unsafe|prohibited|blocklist|recitation"
+    "|spii|refusal|toxic"
+)
+ENDED_BY_TOOL = re.compile("tool|function")
+ENDED_BY_ERROR = re.compile("error|abort|cancel|fail|insufficientsystemresource|timeout")
+ENDED_BY_LENGTH = re.compile("length|max(new|output)?tokens|contextwindow|tokenlimit|timelimit")
 
 
 def answer_of(choice: dict, message: object, usage: Usage | None) -> Outcome:
@@ -1496,13 +1513,14 @@ def answer_of(choice: dict, message: object, usage: Usage | None) -> Outcome:
 
 def kind_of_answer(finish: str, reply: str, label: str | None) -> Kind:
     """Decides by how the answer ended; an unknown reason is a good end."""
-    ended_by = finish.casefold().partition(":")[0].replace("-", "_")
-    if ended_by in ENDED_BY_FILTER or ended_by in ENDED_BY_TOOL:
+    cause = finish.casefold().partition(":")[0]
+    ended_by = re.sub(r"[\W_]", "", cause)
+    if ENDED_BY_FILTER.search(ended_by) or ENDED_BY_TOOL.search(ended_by):
         return WITHHELD
-    if ended_by in ENDED_BY_ERROR:
+    if ENDED_BY_ERROR.search(ended_by):
         return BROKEN_OFF
     # A label that stands there whole is one, whatever would have followed it.
-    if ended_by in ENDED_BY_LENGTH and not label:
+    if ENDED_BY_LENGTH.search(ended_by) and not label:
         return CUT_OFF
     if not reply:
         return EMPTY

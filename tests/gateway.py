@@ -654,18 +654,19 @@ class Item:
 
     @property
     def end(self) -> str:
-        """The finish_reason as it is compared: some write it in capitals, or with a cause behind a colon."""
-        return (self.finish_reason or "").casefold().partition(":")[0]
+        """The finish_reason as it is compared: in capitals, by its class, with a cause behind a colon."""
+        name = (self.finish_reason or "").casefold().partition(":")[0]
+        return re.sub(r"[^a-z0-9]", "", name).removeprefix("finishreason")
 
 
 ANSWERED = "answered"  # in whole: a complete response with a choice in it, taken by a client that was still there
 CUT = "cut"  # the client left, the connection was lost, or after the work came something that nobody can read
 REFUSED = "refused"  # a response without any work
 HUNG = "hung"  # no response until the gateway's end
-CUT_SHORT = frozenset({"length", "max_tokens", "model_length"})
-FILTERED = frozenset({"content_filter", "sensitive", "safety", "recitation", "refusal", "contentfilter"})
-CALLED_A_TOOL = frozenset({"tool_calls", "tool_use", "function_call"})
-BROKE_OFF = frozenset({"error", "abort", "cancelled", "network_error", "insufficient_system_resource"})
+CUT_SHORT = frozenset({"length", "maxtokens", "modellength", "maxnewtokens", "modelcontextwindowexceeded"})
+FILTERED = frozenset({"contentfilter", "contentpolicy", "sensitive", "safety", "imagesafety", "recitation", "refusal"})
+CALLED_A_TOOL = frozenset({"toolcalls", "tooluse", "functioncall"})
+BROKE_OFF = frozenset({"error", "abort", "cancelled", "networkerror", "insufficientsystemresource"})
 UNFINISHED = FILTERED | CALLED_A_TOOL | BROKE_OFF
 MOST_TOKENS = 10**9  # nobody believes more
 
@@ -983,7 +984,8 @@ def says(status: int, body: bytes, wait_s: float = 0.0, mime: str = JSON) -> Han
 
 def redirects(status: int) -> Handler:
     """A redirect to gateway.redirect_to, where a client must not carry its key."""
-    return lambda gateway, call: refuse(gateway.script, status, b"", location=gateway.redirect_to)
+    page = b"<html><title>Moved</title><center>nginx</center></html>"
+    return lambda gateway, call: refuse(gateway.script, status, page, location=gateway.redirect_to)
 
 
 def complains(message: Callable[[Call], str]) -> Handler:

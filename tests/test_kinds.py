@@ -93,6 +93,11 @@ TWICE_PAID = {
         "half a label": message("bil", "model_length"),
         "thoughts": message("[THINK]\nOkay, the user has a billing", "max_tokens"),
         "two labels": message("billing or bug", "length"),
+        **{
+            f"prose, {reason}": message("The customer", reason)
+            for reason in ("FinishReason.MAX_TOKENS", "max_new_tokens")
+        },
+        "prose, a full window": message("The customer", "model_context_window_exceeded"),
     },
     "empty": {
         "no text": message(""),
@@ -136,6 +141,7 @@ WITHHELD = {
     "ended by content_filter": message("bug", "content_filter"),
     "ended with a cause": message("bug", "content_filter: SAFETY"),
     **{f"ended by {reason}": message("bug", reason) for reason in ("SAFETY", "sensitive", "refusal", "contentFilter")},
+    **{f"ended by {reason}": message("bug", reason) for reason in ("FinishReason.IMAGE_SAFETY", "content-policy")},
     **{f"ended by {reason}": message("bug", reason) for reason in ("tool_calls", "function_call", "tool_use")},
     "words of a refusal": message(None, "content_filter", refusal="I cannot help with that"),
 }
@@ -409,6 +415,8 @@ WORDS = {  # status, one for each, so that each is shown: body, and what must be
     431: ({"error": {"code": 7, "message": ""}}, '{"error": {"code": 7, "message": ""}}'),
     451: (error("policy_violation", "content_error", "Wind"), "Wind"),
     460: (b"", "no words came with it"),
+    # As it is: nothing but what cannot be printed is escaped.
+    462: (error(message="The wind's \"n\" isn't \\\\x"), "The wind's \"n\" isn't \\\\x"),
     461: (error(message="Wind\n\x1b[31m" + "x" * 500), r"Wind \x1b[31mxxx"),
 }
 
@@ -437,6 +445,8 @@ FORMS = [
     ({"Retry-After": "12.345678091049194"}, 12.345678091049194),  # str() of a float
     ({"Retry-After": "2s"}, 2),
     ({"Retry-After": "1.5 s"}, 1.5),
+    ({"Retry-After": "2 seconds"}, 2),
+    ({"Retry-After": "1 second"}, 1),
     ({"retry-after": "99999"}, 99999),
     ({"retry-after-ms": "1500"}, 1.5),
     ({"Retry-After-Ms": "0"}, 0),

@@ -28,7 +28,8 @@ NAMES_BUG = {
     "a fence": [
         "```\nbug\n```", "```text\nLabel: bug\n```", '```json\n{"label": "bug"}\n```', "Here you go:\n```\nbug\n```",
     ],
-    "a noun behind it": ["bug report", "bug-report", "bug_report", "Bug issue", "bug reports"],
+    "a noun behind it": ["bug report", "bug label", "bug enquiry", "Bug inquiries",
+        "bug-report", "bug_report", "Bug issue", "bug reports"],
     "a name before it": [
         "Label: bug", "label=bug", "Category - bug", "label → bug", "Tag: bug", "FINAL ANSWER: Bug",
         "Ticket type: bug", "Label: <bug>", '{"name": "bug"}',
@@ -49,11 +50,20 @@ NAMES_BUG = {
     "an explanation behind it": [
         "bug: crash on start", "bug - not a billing matter", "bug — the app crashes", "bug (crash)",
         "bug. The app crashes.", "bug: no billing involved",
-        "bug. Confidence: 95%", "bug, reason: crash", "bug：应用一启动就崩溃", "Label: bug (possible billing)",
+        "bug. Confidence: 95%", "bug, reason: crash", "bug：应用崩溃", "Label: bug (possible billing)",
+    ],
+    "an explanation with a word for no": [
+        "bug: not able to log in", "bug - nothing happens when clicking Save", "bug (no workaround known)",
+        "bug. Never loads at all.", "bug: doesn't load", "bug: kein Login möglich", "bug: не открывается приложение",
+        "bug - it does not start", "bug：无法登录系统",
+    ],
+    "a lead-in": [
+        "The label is: bug", "Sure! Here is the label: bug", "Label for this ticket: **bug**", "Das Label lautet: bug",
+        "Based on the text, the best category for this ticket should be: bug",
     ],
     "an explanation in other lines": [
         "bug\n\nThe customer asks about billing.", "bug\nExplanation: not billing.",
-        "Final answer: bug\nThe app crashes.", "Label: bug\nConfidence: 0.9",
+        "Final answer: bug\nThe app crashes.", "Label: bug\nConfidence: 0.9", "bug\nSub-label: crash",
         "Reason: a problem with billing\nLabel: bug", "The user writes about billing.\n\nbug",
         "bug.\n\nIs anything else needed?", "Not a billing matter.\n\nbug", "It does not start, so the label is:\nbug",
     ],
@@ -103,6 +113,9 @@ NAMES_NONE = {
         "This is not about billing.", "Is it a bug?", "The user asks how to get a refund", "The system has no bugs",
         "This is a bug.", "这是一个bug。", "the ticket is about billing.",
     ],
+    "a lead-in that says no, or with another label in prose": [
+        "No good label is: bug", "It is about billing. A second label could be: bug", "Not the right label: bug",
+    ],
     "negations of any language": [
         "not bug", "not-a-bug", "no_bug", "pas un bug", "nenhum bug", "не bug", "非bug", "bug ではない", "ไม่ใช่ bug",
         "Label: not bug", "no-other", "No, billing", "No. Bug",
@@ -124,7 +137,8 @@ NAMES_NONE = {
     ],
     "an explanation that takes it back": [
         "bug: not applicable", "bug (no)", "bug (not relevant)", "bug. No. It asks for an invoice.", "bug - none found",
-        "bug: no bug in sight", "bug (or billing)", "bug (or so)",
+        "bug: no bug in sight", "bug - does not apply", "bug: no real sign of it", "bug：没有提到错误",
+        "bug (or billing)", "bug (or so)",
     ],
     "a second choice by name": [
         "The label is billing.\nAlternative: bug", "I take billing.\n\nRunner-up: bug",
@@ -148,7 +162,8 @@ NAMES_NONE = {
         "Labels:\n1. bug",
     ],
     "judgements of labels": [
-        "- bug: no", "bug: no", "bug: 0.1", "bug: n/a", "- billing: no\n- bug: no", '{"bug": true}',
+        "- bug: no", "billing -> no\nbug -> yes", "billing – no money is meant\nbug – the app is down",
+        "bug: no", "bug: 0.1", "bug: n/a", "- billing: no\n- bug: no", '{"bug": true}',
         '{"bug": true, "billing": false}', '{"bug": 0.9}', '{"bug": "no, not at all"}', "bug\nbug: no",
         '["bug"] is not it',
     ],
@@ -270,7 +285,8 @@ def test_any_list_of_labels_works_and_two_of_it_name_none(labels, monkeypatch):
 OTHER_LISTS = [  # of labels, with a reply and the label that it names
     (("spam", "not spam"), {"not-spam.": "not spam", "no spam": None, "this is not spam.": None, "never spam": None}),
     (("spam", "not spam", "urgent"), {"not urgent": None}),
-    (("bug", "other"), {"other: none of the above": "other"}),
+    (("bug", "other"), {"other: none of the above": "other", "other (no other label fits)": "other"}),
+    (("General inquiry", "other"), {"General inquiries": "General inquiry"}),
     (("C++", "other"), {"C": None}),
     (("C", "other"), {"C#": None}),
     (("1", "2", "10"), {"12": None, "2) 1": "1", "-1": None, "2 tickets": None, "$1": None}),

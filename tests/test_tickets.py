@@ -134,6 +134,9 @@ SENT = [  # a cell, and what is sent of it
     (f"<STYLE type='a'>{'<!-- .x{} -->' * 2_000}</Style\n>a crash", "a crash"),
     (f"<script src=x>{'if (a<b) c()' * 2_000}</script>a crash<style>x</style>", "a crash"),
     ("a<style>x</style>crash", "a crash"),
+    (f"<!--[if gte mso 9]><xml>{'<a/>' * 5_000}</xml><![endif]-->a <!-- -x --y- -->crash", "a  crash"),
+    (f"<svg viewBox='0 0'><path d='{'M1 2 L3 4 ' * 2_000}'/></svg>a crash", "a crash"),
+    ("it says <!-- and crashes", "it says <!-- and crashes"),
     ("the <style> tag crashes", "the <style> tag crashes"),
     ("the <style> tag </b> crashes", "the <style> tag </b> crashes"),
     ("<styled>a</styled> <b>crash</b>", "<styled>a</styled> <b>crash</b>"),
@@ -163,7 +166,21 @@ def test_a_text_is_cut_at_12000_characters(read):
     assert [(len(ticket.text), ticket.is_cut) for ticket in tickets] == [(12_000, False), (12_000, True)]
 
 
-PIECES = ["<style>", "<style></script>", "</", "<style </", "</style", "<script <", " ", "-", "\n1,", "\n1,x"]
+PIECES = [
+    "<!--",
+    "<!-- -",
+    "-->",
+    "<style>",
+    "<style></script>",
+    "</",
+    "<style </",
+    "</style",
+    "<script <",
+    " ",
+    "-",
+    "\n1,",
+    "\n1,x",
+]
 PIECES += ["data:", "data:a/", "data:;", "data:a/b;c=", "data:a/b,\n", "data:a/b," + "A" * 40 + " "]
 
 
@@ -244,6 +261,11 @@ SET = "Set ID_COLUMN and TEXT_COLUMNS at the top of classify.py"
         ('{"id": 1, "body": "hunter2"}\n', {}, ["tickets.csv is JSON"]),
         (codecs.BOM_UTF8 + b'\n [{"id":1,"body":"hunter2"}]\n', {}, ["tickets.csv is JSON"]),
         ('{"id":1,"body":"hunter2"}\n'.encode("utf-16"), {}, ["tickets.csv is JSON"]),
+        ('[ {"id": 1, "body": "hunter2"} ]', {}, ["tickets.csv is JSON"]),
+        ('[\r\n  {\r\n    "id": 1, "body": "hunter2"}]', {}, ["tickets.csv is JSON"]),
+        ('[\n  ["id", "body"],\n  ["1", "hunter2"]\n]', {}, ["tickets.csv is JSON"]),
+        ('["id", "body"]\n["1", "hunter2"]\n', {}, ["tickets.csv is JSON"]),
+        ("[a],[b]\n1,x\n", {}, ["It has: [a], [b]."]),
         ("<table><tr><td>1</td><td>hunter2</td></tr></table>\n", {}, ["tickets.csv is HTML or XML"]),
         (b"\x1f\x8b\x08\0", {}, ["tickets.csv is a gzip archive"]),
         ("id,body\n1,x\n".encode("utf-16-be"), {}, ['ENCODING = "utf-16-be"']),
