@@ -287,6 +287,7 @@ OTHER_LISTS = [  # of labels, with a reply and the label that it names
     (("spam", "not spam", "urgent"), {"not urgent": None}),
     (("bug", "other"), {"other: none of the above": "other", "other (no other label fits)": "other"}),
     (("General inquiry", "other"), {"General inquiries": "General inquiry"}),
+    (("bug", "Autre", "none"), {"Autre : aucune autre ne convient": "Autre", "Thema: bug. Un autre jour": "bug"}),
     (("C++", "other"), {"C": None}),
     (("C", "other"), {"C#": None}),
     (("1", "2", "10"), {"12": None, "2) 1": "1", "-1": None, "2 tickets": None, "$1": None}),
