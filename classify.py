@@ -1229,12 +1229,10 @@ async def post(session: aiohttp.ClientSession, job: Job, question: Question) -> 
 
 async def beginning_of(response: aiohttp.ClientResponse) -> bytes:
     """Reads a body up to MAX_RESPONSE_BYTES or a little more: none can fill the memory."""
-    raw = bytearray()
-    while piece := await response.content.readany():
+    raw = b""
+    while len(raw) < MAX_RESPONSE_BYTES and (piece := await response.content.readany()):
         raw += piece
-        if len(raw) >= MAX_RESPONSE_BYTES:
-            break
-    return bytes(raw)
+    return raw
 
 
 def fit_to_keep(outcome: Outcome, key: str, ticket: str) -> Outcome:
@@ -1535,9 +1533,11 @@ def text_of_content(content: object) -> str:
 
 def text_of_part(part: object) -> str:
     """The text of a part; thoughts are parts of another type."""
-    if dig(part, "type") in ("text", "output_text", None):
-        part = dig(part, "text") or part
-    return part if isinstance(part, str) else ""
+    if isinstance(part, str):
+        return part
+    is_text = dig(part, "type") in ("text", "output_text", None)
+    text = dig(part, "text")
+    return text if is_text and isinstance(text, str) else ""
 
 
 def parse_usage(usage: object) -> Usage | None:
@@ -2732,7 +2732,7 @@ class Run:
         self.trouble = Trouble()
         self.rejections = Rejections()
         # By model, what came of its last tickets: each the question and its outcome.
-        self.recent: dict[str, deque] = {}
+        self.recent: dict[str, deque] = defaultdict(lambda: deque(maxlen=RECENT))
         self.stopped: Stop | None = None
 
     def stop(self, stop: Stop):
@@ -2820,6 +2820,8 @@ class Run:
         self.trouble.hear(outcome, shown)
         self.rejections.hear(outcome, question)
         self.door.alone = self.rejections.are_suspect(self.trouble.has_answered)
+        if outcome.kind in ANSWERS:
+            return outcome
         if (outcome.wait_s or 0) > MAX_WAIT_S:
             why = f"{shown}; it asks to wait for {duration(outcome.wait_s)}"
             self.stop(Stop(why, "wait so long"))
@@ -2842,7 +2844,7 @@ class Run:
         if outcome.kind is REJECTED and self.trouble.has_answered:
             # These end sooner than answers, so that they come in rows: `rejections` judges them.
             return
-        recent = self.recent.setdefault(question.model, deque(maxlen=RECENT))
+        recent = self.recent[question.model]
         recent.append((question, outcome))
         if outcome.label is not None:
             return
