@@ -222,13 +222,18 @@ class Desk:
             process.kill()
 
 
+def forget_settings() -> None:
+    """Forgets what the program has made of its settings, as a process of its own would not know it."""
+    for made in vars(classify).values():
+        if hasattr(made, "cache_clear"):
+            made.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def fresh_caches() -> Iterator[None]:
     """A test that changes settings in this process leaves nothing that was made of them to the next."""
     yield
-    for made in vars(classify).values():
-        if hasattr(made, "cache_clear"):
-            made.cache_clear()
+    forget_settings()
 
 
 @pytest.fixture

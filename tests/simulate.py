@@ -39,6 +39,7 @@ import aiohttp
 
 import classify
 from tests.bill import broken_promises, ledger_rows, output_lines
+from tests.conftest import forget_settings
 from tests.gateway import (
     ANSWERED,
     CUT,
@@ -638,6 +639,8 @@ class Night:
         ]
         if settings.sample:
             arguments.append(f"--sample={settings.sample}")
+        # Each run is a process of its own.
+        forget_settings()
         self.wanted.append(self.tickets)
         self.budgets.append(settings.budget_usd)
         with (
@@ -892,6 +895,7 @@ class Night:
         settings = self.settings
         chinese = settings.chinese_model if classify.is_chinese(text) else None
         with mock.patch.object(classify, "SYSTEM_PROMPT", settings.prompt):
+            forget_settings()
             return classify.digest_of(chinese or settings.model, text)
 
     def check_calm(self, took_s: float):
