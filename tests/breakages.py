@@ -45,7 +45,7 @@ BREAKAGES = [
     Breakage("R3", "prose is searched", "        return {label}\n    # Labels are shorter", "        return {label}\n    if found := [one for one in LABELS if one in text]:\n        return set(found)\n    # Labels are shorter", "labels"),
     Breakage("R3", "pieces need not agree", "    if len(named) == 1:\n        return named.pop()", "    if named:\n        return named.pop()", "labels"),
     Breakage("R3", "a reply without a label is not asked about again", '    "no label",\n    retries=1,', '    "no label",\n    retries=0,', "kinds"),
-    Breakage("R3", "a cut reply counts", "    if ended_by in ENDED_BY_LENGTH and not label:", "    if False:", "kinds"),
+    Breakage("R3", "a cut reply counts", "    if ENDED_BY_LENGTH.search(ended_by) and not label:", "    if False:", "kinds"),
     Breakage("R4", "failures share one count", "            is_last = tries[kind] > kind.retries", "            is_last = tries.total() > kind.retries", "kinds"),
     Breakage("R4", "a 429 with a quota's code is any other", '    if status == 429 and any(map(QUOTA_CODE.search, codes)):\n        return QUOTA\n', "", "kinds stops"),
     Breakage("R4", "an error in a 200 is an answer", "    if has_content(error):", "    if False:", "kinds"),
