@@ -178,11 +178,11 @@ class Evidence:
         """What R3 makes of its reply."""
         return self.named_label(item.reply or "")
 
-    def cost_usd(self, item: Item) -> float:
-        """What a request cost; nothing without a price."""
-        in_usd, out_usd, cached_usd = self.prices.get(item.model, (0, 0, 0))
-        full = item.tokens_in - item.tokens_cached
-        return (full * in_usd + item.tokens_cached * cached_usd + item.tokens_out * out_usd) / 1e6
+    def cost_usd(self, of: Item | Row) -> float:
+        """What a request cost, or must be booked at; nothing without a price."""
+        in_usd, out_usd, cached_usd = self.prices.get(of.model, (0, 0, 0))
+        cached = of.tokens_cached or 0
+        return ((of.tokens_in - cached) * in_usd + cached * cached_usd + of.tokens_out * out_usd) / 1e6
 
     @cached_property
     def by_text(self) -> dict[str | None, list[Row]]:
@@ -293,6 +293,14 @@ def cost_covered(of: Evidence) -> Broken:
         ledger = sum(booked(row) for row in of.rows)
         if ledger < bill - 1e-9:
             yield f"{name}: the ledger has {ledger:,.10g}, delivered were {bill:,.10g}"
+
+
+def cost_true(of: Evidence) -> Broken:
+    """A row costs what its tokens do at the model's price, and no more."""
+    for row in of.rows or ():
+        booked, cost = row.cost_usd or 0.0, of.cost_usd(row)
+        if abs(booked - cost) > 1e-9:
+            yield f"${booked:.9f} is booked for {shown_row(row)}, its tokens cost ${cost:.9f}"
 
 
 def within_budget(of: Evidence) -> Broken:
@@ -481,11 +489,14 @@ def report_true(of: Evidence) -> Broken:
 
 
 def exit_true(of: Evidence) -> Broken:
-    """The exit status is 0 only if every ticket has its label."""
-    if of.done.status != 0:
-        return
+    """The exit status is 0 if every ticket has its label where it was to be written, and else it is not."""
     ids = {line["id"] for line in of.lines or ()}
     without = [id_ for id_ in of.now if id_ not in ids]
+    is_written = REPORT.match(of.done.stdout) and not re.search(r"NOT WRITTEN|\.part\b", of.done.stdout)
+    if of.done.status == 1 and is_written and of.now and not without:
+        yield "exit status 1, but all tickets have a label"
+    if of.done.status != 0:
+        return
     if without and not (of.is_sample and ids):
         yield f"exit status 0, but {len(without)} tickets have no label, such as {without[0]}"
 
@@ -493,7 +504,7 @@ def exit_true(of: Evidence) -> Broken:
 PROMISES: dict[str, Callable[[Evidence], Broken]] = {
     promise.__name__.replace("_", "-"): promise
     for promise in (
-        *(ledger_readable, answer_kept, row_true, cost_covered, within_budget),
+        *(ledger_readable, answer_kept, row_true, cost_covered, cost_true, within_budget),
         *(answered_once, asked_once_more),
         *(output_whole, csv_order, label_true, fallback_true, answer_used),
         *(report_true, exit_true),

@@ -222,7 +222,7 @@ def repeat_line(night: Night) -> None:
     night.lines.insert(0, night.lines[0])
 
 
-LOST = {"label": None, "reply": None, "tokens_in": 0, "tokens_out": 0, "kind": "timed out"}
+LOST = {"label": None, "reply": None, "tokens_in": 0, "tokens_out": 0, "cost_usd": 0.0, "kind": "timed out"}
 SPOILT = {
     "the ledger is lost": (lambda night: setattr(night, "rows", None), {"ledger-readable", "report-true"}),
     "an answer is lost": (spoil_row(1, **LOST), {"answer-kept", "cost-covered", "label-true", "report-true"}),
@@ -232,7 +232,8 @@ SPOILT = {
     "no reply is kept": (spoil_row(3, reply=None), {"answer-kept", "row-true"}),
     "an answer is kept twice": (keep_twice, {"row-true", "report-true"}),
     "tokens are invented": (invent_tokens, {"row-true", "report-true"}),
-    "less is booked": (spoil_row(1, cost_usd=0.0), {"cost-covered", "report-true"}),
+    "less is booked": (spoil_row(1, cost_usd=0.0), {"cost-covered", "cost-true", "report-true"}),
+    "more is booked": (spoil_row(1, cost_usd=0.01), {"cost-true", "report-true"}),
     "what has a label is sent again": (send_again, {"answered-once"}),
     "the same is asked twice at once": (ask_both_at_once, {"answered-once", "report-true"}),
     "what has no label is sent again": (send_again_without_label, {"asked-once-more"}),
@@ -242,8 +243,8 @@ SPOILT = {
     "a line stands there twice": (repeat_line, {"csv-order", "report-true"}),
     "a line is of no ticket": (add_line("t9", "bug"), {"csv-order", "label-true", "report-true"}),
     "a label is wrong": (spoil_line(1, label="billing"), {"label-true"}),
-    "a label has no answer": (add_line("t7", "bug"), {"label-true", "report-true"}),
-    "FALLBACK has no answer": (add_line("t7", "other"), {"fallback-true", "report-true"}),
+    "a label has no answer": (add_line("t7", "bug"), {"label-true", "report-true", "exit-true"}),
+    "FALLBACK has no answer": (add_line("t7", "other"), {"fallback-true", "report-true", "exit-true"}),
     "FALLBACK has no reply": (spoil_line(2, reply=None), {"fallback-true"}),
     "FALLBACK stands for a label": (spoil_line(5, label="other", reply="well"), {"fallback-true"}),
     "a label is left out": (lambda night: night.lines.pop(1), {"answer-used", "report-true"}),
@@ -252,6 +253,7 @@ SPOILT = {
     "the report says another cost": (spoil_report("$0.0007", "$0.0008"), {"report-true"}),
     "there is no report": (lambda night: setattr(night, "report", "Stopped.\n"), {"report-true"}),
     "the exit status is 0": (lambda night: setattr(night, "status", 0), {"exit-true"}),
+    "the exit status is 1": (lambda night: night.tickets.pop("t7"), {"exit-true"}),
 }
 
 
@@ -356,8 +358,8 @@ def test_a_ticket_without_text_may_have_a_row_that_costs_nothing(night: Night):
 
 
 def test_an_answer_of_another_model_is_another_answer(night: Night):
-    night.rows[1] |= {"model": "n"}
-    assert night.broken() == {"answer-kept", "row-true"}
+    night.rows[1] |= {"model": "n"}  # which has no price
+    assert night.broken() == {"answer-kept", "row-true", "cost-true"}
     night.rows[1] |= {"model": "m"}
     night.lines[1] |= {"model": "n"}
     assert night.broken() == {"label-true"}
