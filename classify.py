@@ -617,6 +617,13 @@ def is_chinese(text: str) -> bool:
 
 # ---- labels ----
 
+# How a reply is read; the patterns stand in this order:
+#
+#   thoughts are left out; lines, tags and JSON values become pieces (ASIDE_TAG to WRAPPED_LINE)
+#   a piece names a label if it is one, alone or behind a name (ITEM to NAMES_NONE)
+#   an explanation may follow (SEPARATOR, WHY), and may take it back (NO_WORD to BEGINS_WITH_OR)
+#   a label is compared by its words, without its dress (NOUN, GAP)
+
 # Names of what stands beside an answer: thoughts, and the ticket once more.
 ASIDE = (
     "(?:think(?:ing)?|thoughts?|reason(?:s|ing)?|explanation|rationale|analysis|reflection"
@@ -628,6 +635,60 @@ ASIDE_TAG = re.compile(
     # gpt-oss: <|channel|>analysis, <|channel|>final
     r"|<\|channel\|>(?P<final>final)?"
 )
+
+INLINE_TAG = re.compile(r"</?(?:b|i|u|em|strong|code|mark|span|font)\b[^<>]*>")  # not <b>bug
+PIECE_BREAK = re.compile(
+    r"<[/|]?\w[^<>]*>"  # <answer>, </s>, <|im_end|>
+    r"""|[{\[]\s*(?=["'])"""  # {"label": "bug"}
+    r"""|,\s*(?=(["'])[^"'\n]*\1\s*:)"""  # , "reason": "it crashes"
+    r"|(?=\\boxed)"  # The answer is \boxed{bug}
+)
+# {"label": "bug", "confid
+CUT_NAME = re.compile(r"""(:\s*"[^"\n]*"),\s*"[^":\n]*"?\s*$""")
+# Three words without a full stop go on in the next line, unless either is "name: value".
+WRAPPED_LINE = re.compile(r"(?m)(\w [^\s:=]+ \w+)\r?\n(?=(?:(?!\s[-–—]+>?\s)[^:=→\n])+$)")
+
+ITEM = re.compile(r"^(?:[-*•]|\d+[.)])\s+")  # "- bug", "2. bug"
+TICKED = re.compile(r"^(?:[-*•]\s+)?[\[(]x[\])]\s*")  # "- [x] bug"
+NAME_WORD = r"[^\W\d_][^\s:=!'’]{1,20}"
+NAME = re.compile(
+    rf"^[\W_]*(?:{NAME_WORD}\s)?"  # "Final "
+    rf"(?!{ASIDE}\b){NAME_WORD}?[^\w:=!]{{0,9}}?"  # "answer", "**Label**"
+    r"(?:[:=→|\]】]|\s[-–—]+>?\s)\s*"  # "Label: bug", "label -> bug", "[/INST] bug"
+)
+ANSWER_ADJECTIVE = (
+    r"(?:(?:the|my|best|final|main|primary|correct|chosen|selected|suggested|assigned|predicted"
+    r"|recommended|proposed|appropriate|ticket|support|issue|request|message|case)\W+)?"
+)
+ANSWER_NOUN = (
+    r"(?:label|labels|category|categories|class|classification|type|tag|topic|intent|answer"
+    r"|result|output|response|prediction|choice|decision|final|selected|verdict|assistant"
+    r"|kategorie|antwort|ergebnis|catégorie|réponse|étiquette|categor[ií]a|etiqueta|respuesta"
+    r"|risposta|etichetta|resposta|categorie|категория|метка|ответ"
+    r"|[标標][签籤]|[分类類别別]{2}|答案|结果|分[类類]结果|ラベル|カテゴリー?|回答|答え|결과|라벨|분류)"
+)
+# Names of the answer itself. Any other may be that of a second choice: "Alternative: bug".
+ANSWER_NAME = re.compile(rf"\W*{ANSWER_ADJECTIVE}{ANSWER_NOUN}[^\w:=]*[:=]")
+# "Based on the text, the label for this ticket should be: "
+LEAD_IN = re.compile(
+    rf"[^:]{{0,60}}\b{ANSWER_NOUN}(?:\W+(?:for|of)\W+(?:this|the)(?:\W+\w+){{1,2}})?"
+    r"(?:\W*(?:is|should be|would be|ist|lautet|est|es|è|é|是|为|は))?\W*:\s*"
+)
+# "Label: unclear" speaks against "Closest: bug" in another line.
+NAMES_NONE = re.compile(
+    rf"\W*{ANSWER_ADJECTIVE}(?:label|category|classification|answer|final|selected)"
+    r"[^\w:=]*[:=].*\w"
+)
+
+SEPARATOR = re.compile(r"""["']?\s?[:=→|()\]】。,;]|\s[-–—]+>?\s|\.\s""")
+WHY = re.compile(
+    r"\s?\("  # "bug (crash)"
+    rf"|\W{{1,3}}{ASIDE}\b"  # "bug. Confidence: 95%"
+    r"""|(?!["',;=])"""  # in '"bug": "no sign of it"' and in "bug, billing" it is none
+    r".*?(?:[^\W\d]['’]?[^\W\d]\W+[^\W\d]{2}"  # two words: "bug: no" and "bug: 0.1" have none
+    r"|[\u3040-\u9fff]{4})"  # four kana or Chinese signs
+)
+
 # Words for no in the languages that models answer in, and for what excludes.
 NO_WORD = (
     r"(?:n['’]t\b|(?<![^\W_])(?:no|not|non|none|never|neither|nor|nothing|without|except|unlikely"
@@ -650,64 +711,13 @@ JUDGES = re.compile(
     r"|eviden|signs? of|present\b|relat|fit|matter|case|involved|found|likely)"
     r"|有?(?:适用|提|涉|相关|关|是|符|属)"
 )
-CATCH_ALLS = {
-    *("other", "others", "misc", "sonstiges", "autre", "otro", "outro", "altro", "overig"),
-    *("прочее", "другое", "其他", "その他", "기타"),
-}
+# Labels that are a word like any: neither "the other day" nor "other: none of these" tells much.
+CATCH_ALL = re.compile(
+    "others?|misc|sonstiges|autre|otro|outro|altro|overig|прочее|другое|其他|その他|기타"
+)
+# "bug (or billing)"
 BEGINS_WITH_OR = re.compile(r"\W*(?:or|oder|ou|или|或)\b")
 
-INLINE_TAG = re.compile(r"</?(?:b|i|u|em|strong|code|mark|span|font)\b[^<>]*>")  # not <b>bug
-PIECE_BREAK = re.compile(
-    r"<[/|]?\w[^<>]*>"  # <answer>, </s>, <|im_end|>
-    r"""|[{\[]\s*(?=["'])"""  # {"label": "bug"}
-    r"""|,\s*(?=(["'])[^"'\n]*\1\s*:)"""  # , "reason": "it crashes"
-    r"|(?=\\boxed)"  # The answer is \boxed{bug}
-)
-# {"label": "bug", "confid
-CUT_NAME = re.compile(r"""(:\s*"[^"\n]*"),\s*"[^":\n]*"?\s*$""")
-# Three words without a full stop go on in the next line, unless either is "name: value".
-WRAPPED_LINE = re.compile(r"(?m)(\w [^\s:=]+ \w+)\r?\n(?=(?:(?!\s[-–—]+>?\s)[^:=→\n])+$)")
-
-ITEM = re.compile(r"^(?:[-*•]|\d+[.)])\s+")  # "- bug", "2. bug"
-TICKED = re.compile(r"^(?:[-*•]\s+)?[\[(]x[\])]\s*")  # "- [x] bug"
-NAME_WORD = r"[^\W\d_][^\s:=!'’]{1,20}"
-NAME = re.compile(
-    rf"^[\W_]*(?:{NAME_WORD}\s)?"  # "Final "
-    rf"(?!{ASIDE}\b){NAME_WORD}?[^\w:=!]{{0,9}}?"  # "answer", "**Label**"
-    r"(?:[:=→|\]】]|\s[-–—]+>?\s)\s*"  # "Label: bug", "label -> bug", "[/INST] bug"
-)
-# Names of the answer itself. Any other may be that of a second choice: "Alternative: bug".
-ANSWER_ADJECTIVE = (
-    r"(?:(?:the|my|best|final|main|primary|correct|chosen|selected|suggested|assigned|predicted"
-    r"|recommended|proposed|appropriate|ticket|support|issue|request|message|case)\W+)?"
-)
-ANSWER_NOUN = (
-    r"(?:label|labels|category|categories|class|classification|type|tag|topic|intent|answer"
-    r"|result|output|response|prediction|choice|decision|final|selected|verdict|assistant"
-    r"|kategorie|antwort|ergebnis|catégorie|réponse|étiquette|categor[ií]a|etiqueta|respuesta"
-    r"|risposta|etichetta|resposta|categorie|label is|категория|метка|ответ"
-    r"|[标標][签籤]|[分类類别別]{2}|答案|结果|分[类類]结果|ラベル|カテゴリー?|回答|答え|결과|라벨|분류)"
-)
-ANSWER_NAME = re.compile(rf"\W*{ANSWER_ADJECTIVE}{ANSWER_NOUN}[^\w:=]*[:=]")
-# "Based on the text, the label for this ticket should be: "
-LEAD_IN = re.compile(
-    rf"[^:]{{0,60}}\b{ANSWER_NOUN}(?:\W+(?:for|of)\W+(?:this|the)(?:\W+\w+){{1,2}})?"
-    r"(?:\W*(?:is|should be|would be|ist|lautet|est|es|è|é|是|为|は))?\W*:\s*"
-)
-# "Label: unclear" speaks against "Closest: bug" in another line.
-NAMES_NONE = re.compile(
-    rf"\W*{ANSWER_ADJECTIVE}(?:label|category|classification|answer|final|selected)"
-    r"[^\w:=]*[:=].*\w"
-)
-
-SEPARATOR = re.compile(r"""["']?\s?[:=→|()\]】。,;]|\s[-–—]+>?\s|\.\s""")
-WHY = re.compile(
-    r"\s?\("  # "bug (crash)"
-    rf"|\W{{1,3}}{ASIDE}\b"  # "bug. Confidence: 95%"
-    r"""|(?!["',;=])"""  # in '"bug": "no sign of it"' and in "bug, billing" it is none
-    r".*?(?:[^\W\d]['’]?[^\W\d]\W+[^\W\d]{2}"  # two words: "bug: no" and "bug: 0.1" have none
-    r"|[\u3040-\u9fff]{4})"  # four kana or Chinese signs
-)
 # "bug report", "billing-issues"
 NOUN = re.compile(
     # Not "2 tickets".
@@ -798,7 +808,7 @@ def labels_mentioned(text: str) -> set[str]:
 
 def is_catch_all(label: str) -> bool:
     """Whether a label stands for all that has no other."""
-    return label == FALLBACK or folded(label) in CATCH_ALLS
+    return label == FALLBACK or bool(CATCH_ALL.fullmatch(folded(label)))
 
 
 @cache
@@ -1511,8 +1521,8 @@ def answer_of(choice: dict, message: object, usage: Usage | None) -> Outcome:
 
 def kind_of_answer(finish: str, reply: str, label: str | None) -> Kind:
     """Decides by how the answer ended; an unknown reason is a good end."""
-    cause = finish.casefold().partition(":")[0]
-    ended_by = re.sub(r"[\W_]", "", cause)
+    without_cause = finish.casefold().partition(":")[0]
+    ended_by = re.sub(r"[\W_]", "", without_cause)
     if ENDED_BY_FILTER.search(ended_by) or ENDED_BY_TOOL.search(ended_by):
         return WITHHELD
     if ENDED_BY_ERROR.search(ended_by):
@@ -2821,6 +2831,7 @@ class Run:
         self.rejections.hear(outcome, question)
         self.door.alone = self.rejections.are_suspect(self.trouble.has_answered)
         if outcome.kind in ANSWERS:
+            # Never a reason to stop.
             return outcome
         if (outcome.wait_s or 0) > MAX_WAIT_S:
             why = f"{shown}; it asks to wait for {duration(outcome.wait_s)}"
